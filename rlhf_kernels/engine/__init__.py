@@ -1,0 +1,6 @@
+"""The one engine: rows of a linear head -> per-token statistics, and back. It has never heard of PPO."""
+
+from rlhf_kernels.engine.fused import fused_loss
+from rlhf_kernels.engine.op import kl_divergence, token_logps, token_stats, token_stats_from_logits
+
+__all__ = ["fused_loss", "kl_divergence", "token_logps", "token_stats", "token_stats_from_logits"]

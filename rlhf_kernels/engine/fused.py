@@ -1,0 +1,213 @@
+"""The way for losses: evaluate the objective span by span and take its gradient in the same pass, 6 N H V in all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlhf_kernels import checks as check
+from rlhf_kernels.engine.call import Call, RefArgument, cast_inputs, prepare
+from rlhf_kernels.engine.op import padded
+from rlhf_kernels.engine.span import Gradients, Span, stats_dtype
+from rlhf_kernels.types import Grads, HeadOptions, LossOutput, Objective, TokenStats
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the objective is given beside the statistics."""
+
+    objective: Objective
+    per_token: tuple[Tensor, ...]  # each [N]
+    per_sequence: tuple[Tensor, ...]  # each [S]
+    cu_kept: Tensor | None  # [S+1] boundaries in kept rows, on the CPU and the device of hidden
+    unit: int
+
+    def spans(self, rows: int, most: int) -> list[tuple[int, int, int, int]]:
+        """(first row, last row, first sequence, last sequence) of spans of whole units with at most ``most`` rows."""
+        if self.cu_kept is None:
+            size = max(1, -(-rows // max(1, -(-rows // most))))
+            return [(a, min(a + size, rows), 0, 0) for a in range(0, rows, size)] or [(0, 0, 0, 0)]
+        ends = self.cu_kept.tolist()
+        spans, first = [], 0
+        for s in range(0, len(ends) - 1, self.unit):
+            if s > first and ends[s + self.unit] - ends[first] > most:
+                spans.append((ends[first], ends[s], first, s))
+                first = s
+        return [*spans, (ends[first], ends[-1], first, len(ends) - 1)]
+
+
+def _stream(call: Call, batch: Batch, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, dict[str, Tensor], Gradients]:
+    """Loss, metrics and gradients; the latter times ``call.loss_scale``."""
+    into = Gradients.zeros(call, wanted)
+    loss = torch.zeros((), dtype=stats_dtype(call.hidden.dtype), device=call.hidden.device)
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    for start, stop, first, last in batch.spans(call.rows, call.tile_rows()):
+        span = Span(call, start, stop, any(wanted))
+        part, metrics, grads = _objective(call, batch, span, first, last, any(wanted))
+        if any(wanted):
+            span.backward(grads, into)
+        loss = loss + part
+        for name, (total, count) in metrics.items():
+            before = sums.get(name)
+            sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
+    return loss, {name: total / count.clamp(min=1e-30) for name, (total, count) in sums.items()}, into
+
+
+def _objective(
+    call: Call, batch: Batch, span: Span, first: int, last: int, wants_grad: bool
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], Grads]:
+    """The objective's value on one span, and its gradient with respect to the span's statistics."""
+    stats = span.stats._replace(logp=span.stats.logp.squeeze(1))
+    cu = None if batch.cu_kept is None else batch.cu_kept[first : last + 1].to(call.hidden.device) - span.start
+    tokens = [call.pick(x, span.start, span.stop) for x in batch.per_token]
+    leaves = TokenStats(*(None if x is None else x.detach().requires_grad_(wants_grad) for x in stats))
+    with torch.set_grad_enabled(wants_grad):
+        value, metrics = batch.objective(leaves, cu, *tokens, *(x[first:last] for x in batch.per_sequence))
+    check.wants(
+        isinstance(value, Tensor) and value.dim() == 0, "objective", value, "to return a scalar and its metrics"
+    )
+    named = [leaves.logp, leaves.entropy, leaves.lse, leaves.mean_logit, leaves.kl]
+    found: list[Tensor | None] = [None] * 5
+    if wants_grad and value.requires_grad:
+        asked = [x for x in named if x is not None]
+        answers = iter(torch.autograd.grad(value, asked, allow_unused=True))
+        found = [None if x is None else next(answers) for x in named]
+    zero = torch.zeros_like(leaves.logp, requires_grad=False)
+    grads = [zero if g is None else g * call.loss_scale if call.loss_scale != 1.0 else g for g in found]
+    return value.detach(), metrics, Grads(grads[0][:, None], *grads[1:])
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, batch: Batch,
+        wanted: tuple[bool, bool, bool], metrics: dict[str, Tensor],
+    ):  # fmt: skip
+        if any(wanted) and call.weight_grad is not None and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "weight_grad: got a call under activation checkpointing, which runs it twice and would add the "
+                "gradient twice; wants weight_grad=None there"
+            )
+        loss, found, grads = _stream(call.bind(hidden, weight, bias), batch, wanted)
+        metrics.update(found)
+        if any(wanted):
+            ctx.save_for_backward(hidden, weight, bias)
+            ctx.call, ctx.batch, ctx.wanted, ctx.grads = call, batch, wanted, grads
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor):
+        call: Call = ctx.call
+        grads, ctx.grads = ctx.grads, None  # handed over, not kept: gradients as large as the head exist once
+        if call.weight_grad is not None and ctx.wanted[1]:
+            if grads is None:
+                raise RuntimeError("weight_grad: got a second backward, wants one; the gradient has been added already")
+            same = upstream == call.loss_scale
+            message = f"loss_scale: wants the factor that reaches the loss in backward, got {call.loss_scale}"
+            check.holds(same, message if upstream.is_cuda else f"{message} while {float(upstream)} reached it")
+        hidden, weight, bias = ctx.saved_tensors
+        if grads is None:
+            grads = _stream(call.bind(hidden, weight, bias), ctx.batch, ctx.wanted)[2]
+        scale = upstream / call.loss_scale
+        if upstream.is_cuda or float(scale) != 1.0:
+            for g in (grads.hidden, None if call.weight_grad is not None else grads.weight, grads.bias):
+                if g is not None:
+                    g.mul_(scale)
+        return (
+            None if grads.hidden is None else grads.hidden.to(hidden.dtype).view(hidden.shape),
+            None if call.weight_grad is not None else padded(grads.weight, weight, weight.dtype),
+            padded(grads.bias, bias, weight.dtype),
+            *(None,) * 4,
+        )
+
+
+def _batch(
+    call: Call, objective: Objective, per_token: Sequence[Tensor], per_sequence: Sequence[Tensor],
+    cu_seqlens: Tensor | None, unit: int, lead: torch.Size,
+) -> Batch:  # fmt: skip
+    check.wants(callable(objective), "objective", objective, "a function")
+    check.wants(isinstance(unit, int) and unit > 0, "unit", unit, "a positive whole number of sequences")
+    rows, device = call.targets.shape[0], call.hidden.device
+    cu_kept = None
+    if cu_seqlens is not None:
+        cu = check.cu_seqlens_of("cu_seqlens", cu_seqlens, rows, device, call.checks)
+        sequences = cu.numel() - 1
+        check.wants(sequences % unit == 0, "cu_seqlens", cu_seqlens, f"a multiple of {unit} sequences, got {sequences}")
+        cu_kept = (cu if call.kept is None else torch.searchsorted(call.kept, cu)).cpu()
+    else:
+        check.wants(not per_sequence and unit == 1, "cu_seqlens", None, "a tensor where there are sequences")
+    for i, x in enumerate(per_token):
+        check.shaped(f"per_token[{i}]", x, tuple(lead), device, "aligned with targets")
+    for i, x in enumerate(per_sequence):
+        fits = isinstance(x, Tensor) and cu_kept is not None and x.shape[:1] == (cu_kept.numel() - 1,)
+        check.wants(fits, f"per_sequence[{i}]", x, "one entry per sequence")
+    free = "a tensor without gradient: detach it, or build your loss on token_stats"
+    for kind, group in (("per_token", per_token), ("per_sequence", per_sequence)):
+        for i, x in enumerate(group):
+            check.wants(not x.requires_grad, f"{kind}[{i}]", x, free)
+    return Batch(objective, tuple(x.reshape(-1) for x in per_token), tuple(per_sequence), cu_kept, unit)
+
+
+def fused_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    objective: Objective,
+    *,
+    per_token: Sequence[Tensor] = (),
+    per_sequence: Sequence[Tensor] = (),
+    cu_seqlens: Tensor | None = None,
+    unit: int = 1,
+    ref: RefArgument = None,
+    ref_head: dict[str, Any] | None = None,
+    **head: Unpack[HeadOptions],
+) -> LossOutput:
+    """Any loss of the token statistics, with its gradient taken in the forward pass.
+
+    Rows are streamed through the head in spans that fit ``max_bytes``. On each span the objective is evaluated and
+    differentiated, and the gradient goes straight into those of hidden and weight: three matrix products of size
+    N H V, never a fourth, however little memory is allowed, as long as one unit fits. A unit that does not fit is
+    computed twice. Rows whose gradient is exactly zero take part in the first product only.
+
+    Args:
+        hidden: [..., H] last hidden states.
+        weight: [V, H] language-model head, of the same dtype.
+        targets: [...] int64 token of each position; rows with ``ignore_index`` never meet the head.
+        objective: ``objective(stats, cu_seqlens, *per_token, *per_sequence) -> (scalar, {name: (sum, count)})``.
+            It sees kept rows only, ``cu_seqlens`` counting them, and must be additive over units.
+        per_token: tensors shaped like ``targets``; values at ignored positions never matter.
+        per_sequence: tensors [S, ...].
+        cu_seqlens: [S+1] boundaries of the given rows, ignored ones included.
+        unit: sequences that must be seen together (2 for preference pairs).
+        ref: (ref_hidden, ref_weight); then ``stats.kl`` is the exact KL(policy | reference).
+        ref_head: bias, softcap and logit_scale of the reference's head.
+        **head: see ``HeadOptions``.
+
+    Returns:
+        ``LossOutput``: the sum of the objective over all units, and sum / count of each metric.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or values; the message names it.
+
+    >>> def nll(stats, cu_seqlens):
+    ...     return -stats.logp.sum(), {"entropy": (stats.entropy.detach().sum(), stats.entropy.new_tensor(3.0))}
+    >>> rk.fused_loss(torch.randn(3, 4), torch.zeros(8, 4), torch.tensor([1, 2, 3]), nll).loss
+    tensor(6.2383)
+    """
+    hidden, weight, bias = cast_inputs(hidden, weight, head.get("bias"))  # type: ignore[assignment]
+    head["bias"] = bias
+    if ref is not None:
+        ref = tuple(cast_inputs(*ref))  # type: ignore[assignment]
+    call = prepare(hidden, weight, targets, 0, ref, ref_head, "reverse", **head)
+    batch = _batch(call, objective, per_token, per_sequence, cu_seqlens, unit, targets.shape)
+    on = torch.is_grad_enabled()
+    wanted = (on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad)
+    metrics: dict[str, Tensor] = {}
+    loss = _FusedLoss.apply(hidden, weight, bias, call, batch, wanted, metrics)
+    return LossOutput(loss, metrics)  # type: ignore[arg-type]

@@ -1,0 +1,205 @@
+"""The way for anybody's loss: statistics as a differentiable op over all rows, within a byte budget."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlhf_kernels.engine.call import Call, RefArgument, cast_inputs, prepare
+from rlhf_kernels.engine.span import Gradients, Span, stats_dtype
+from rlhf_kernels.types import Grads, HeadOptions, TokenStats
+
+
+def padded(grad: Tensor | None, like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A gradient in its tensor's dtype and shape, zero in columns that do not exist."""
+    if grad is None or like is None:
+        return None
+    grad = grad.to(dtype)
+    if grad.shape[0] == like.shape[0]:
+        return grad.view(like.shape)
+    return torch.cat([grad, grad.new_zeros(like.shape[0] - grad.shape[0], *grad.shape[1:])])
+
+
+class _TokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call, keep: bool):
+        ctx.set_materialize_grads(False)
+        call = call.bind(hidden, weight, bias)
+        span = Span(call, 0, call.rows, keep)
+        if keep:
+            ctx.save_for_backward(hidden, weight, bias)
+            ctx.call, ctx.span = call, span
+        outputs = tuple(x for x in span.stats if x is not None)
+        full = tuple(_scatter(x, call) for x in outputs)
+        ctx.mark_non_differentiable(full[4])
+        return full
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None):
+        hidden, weight, bias = ctx.saved_tensors  # raises if one was changed in place meanwhile
+        call: Call = ctx.call.bind(hidden, weight, bias)
+        grads = _gather(upstream, call)
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+        into = Gradients.zeros(call, wanted)
+        ctx.span.call = call
+        ctx.span.backward(grads, into)
+        return (
+            padded(None if into.hidden is None else into.hidden.view(hidden.shape), hidden, hidden.dtype),
+            None if call.weight_grad is not None else padded(into.weight, weight, hidden.dtype),
+            padded(into.bias, bias, hidden.dtype),
+            None,
+            None,
+        )
+
+
+def _scatter(x: Tensor, call: Call) -> Tensor:
+    """From kept rows to all rows, zero elsewhere."""
+    if x.dim() == 2 and call.ignored is not None:
+        x = x.masked_fill(call.pick(call.ignored, 0, call.rows), 0.0)
+    if call.kept is None:
+        return x
+    return x.new_zeros(call.targets.shape[0], *x.shape[1:]).index_copy_(0, call.kept, x)
+
+
+def _gather(upstream: tuple[Tensor | None, ...], call: Call) -> Grads:
+    """From all rows to kept rows; what nobody asked for is zero."""
+    logp, entropy, lse, mean_logit, _, *kl = (None if g is None else call.pick(g, 0, call.rows) for g in upstream)
+    zero = torch.zeros(call.rows, dtype=stats_dtype(call.hidden.dtype), device=call.hidden.device)
+    if logp is None:
+        logp = zero[:, None].expand(-1, call.targets.shape[1])
+    elif call.ignored is not None:
+        logp = logp.masked_fill(call.pick(call.ignored, 0, call.rows), 0.0)
+    rest = (entropy, lse, mean_logit, kl[0] if kl else None)
+    return Grads(logp, *(zero if g is None else g for g in rest))
+
+
+def _run(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    return _TokenStats.apply(hidden, weight, bias, call, keep)  # type: ignore[no-any-return]
+
+
+def _statistics(
+    hidden: Tensor, weight: Tensor | None, targets: Tensor, per_position: int, ref: RefArgument,
+    ref_head: dict[str, Any] | None, direction: str, head: HeadOptions,
+) -> TokenStats:  # fmt: skip
+    hidden, weight, bias = cast_inputs(hidden, weight, head.get("bias"))  # type: ignore[assignment]
+    head["bias"] = bias
+    if ref is not None:
+        ref = tuple(cast_inputs(*ref))  # type: ignore[assignment]
+    call = prepare(hidden, weight, targets, per_position, ref, ref_head, direction, **head)
+    logp, *rest = _run(hidden, weight, bias, call)
+    shape = hidden.shape[:-1]
+    logp = logp.reshape(targets.shape)
+    return TokenStats(logp, *(x.view(shape) for x in rest))
+
+
+def token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, **head: Unpack[HeadOptions]) -> TokenStats:
+    """Differentiable statistics of each token's distribution, straight from hidden states.
+
+    Four matrix products of size N H V with gradients (logits twice) where the logits do not fit ``max_bytes``,
+    three where they do; one without gradients. The full logits never exist beyond ``max_bytes``.
+
+    Args:
+        hidden: [..., H] last hidden states, float32, bfloat16, float16 or float64.
+        weight: [V, H] language-model head, of the same dtype.
+        targets: [...] int64 token predicted at each position; ``ignore_index`` (-100) where there is none.
+        **head: see ``HeadOptions``.
+
+    Returns:
+        ``TokenStats`` shaped like ``targets``: float32 (float64 for float64 inputs), in nats, zero where ignored.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or values; the message names it.
+
+    >>> hidden, weight = torch.eye(3), torch.zeros(4, 3)
+    >>> rk.token_stats(hidden, weight, torch.tensor([0, 3, -100])).entropy
+    tensor([1.3863, 1.3863, 0.0000])
+    """
+    return _statistics(hidden, weight, targets, 0, None, None, "reverse", head)
+
+
+def token_stats_from_logits(logits: Tensor, targets: Tensor, **head: Unpack[HeadOptions]) -> TokenStats:
+    """``token_stats`` for a trainer that already holds its logits.
+
+    Args:
+        logits: [..., V] in any float dtype; they are left as they are.
+        targets: [...] int64 token of each position; ``ignore_index`` where there is none.
+        **head: see ``HeadOptions``; temperature, softcap, logit_scale and bias act on the logits as on a head's.
+
+    Returns:
+        ``TokenStats`` shaped like ``targets``, with the same numerics as ``token_stats``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or values; the message names it.
+
+    >>> rk.token_stats_from_logits(torch.zeros(1, 4), torch.tensor([2])).logp
+    tensor([-1.3863])
+    """
+    return _statistics(logits, None, targets, 0, None, None, "reverse", head)
+
+
+def token_logps(hidden: Tensor, weight: Tensor, token_ids: Tensor, **head: Unpack[HeadOptions]) -> Tensor:
+    """Log-probabilities of K chosen tokens at each position (distillation, top-k), differentiable.
+
+    Args:
+        hidden: [..., H] last hidden states.
+        weight: [V, H] language-model head.
+        token_ids: [..., K] int64 ids; ``ignore_index`` where there is none.
+        **head: see ``HeadOptions``.
+
+    Returns:
+        [..., K] float32 (float64 for float64 inputs), in nats, zero where ignored.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or values; the message names it.
+
+    >>> rk.token_logps(torch.eye(2), torch.zeros(4, 2), torch.tensor([[0, 1, 2], [3, -100, 0]]))
+    tensor([[-1.3863, -1.3863, -1.3863],
+            [-1.3863,  0.0000, -1.3863]])
+    """
+    return _statistics(hidden, weight, token_ids, 1, None, None, "reverse", head).logp
+
+
+def kl_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    targets: Tensor,
+    *,
+    direction: str = "reverse",
+    ref_head: dict[str, Any] | None = None,
+    **head: Unpack[HeadOptions],
+) -> Tensor:
+    """Exact KL between policy and a frozen reference at each token, over the whole vocabulary, differentiable.
+
+    Both heads are read in one pass; neither's logits exist beyond ``max_bytes``. ``"reverse"`` is KL(policy |
+    reference), the penalty of RLHF; ``"forward"`` is KL(reference | policy), as in distillation.
+
+    Args:
+        hidden: [..., H] last hidden states of the policy.
+        weight: [V, H] its head.
+        ref_hidden: [..., H'] last hidden states of the reference; no gradient flows into them.
+        ref_weight: [V, H'] its head.
+        targets: [...] int64; only ``ignore_index`` matters here.
+        direction: ``"reverse"`` or ``"forward"``.
+        ref_head: bias, softcap and logit_scale of the reference's head; the temperature is the policy's.
+        **head: see ``HeadOptions``.
+
+    Returns:
+        [...] float32 (float64 for float64 inputs), in nats, zero where ignored.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or values; the message names it.
+
+    >>> x, w = torch.randn(3, 4), torch.randn(7, 4)
+    >>> rk.kl_divergence(x, w, x, w, torch.tensor([1, 2, -100]))
+    tensor([0., 0., 0.])
+    """
+    kl = _statistics(hidden, weight, targets, 0, (ref_hidden, ref_weight), ref_head, direction, head).kl
+    assert kl is not None
+    return kl

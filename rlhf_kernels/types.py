@@ -1,0 +1,133 @@
+"""The nouns of the house.
+
+Shapes everywhere: N packed tokens, H hidden, V vocabulary, S sequences, K ids asked for per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypedDict
+
+from torch import Tensor
+
+
+class TokenStats(NamedTuple):
+    """What a policy says about each token; a loss may look at nothing else.
+
+    Float32 (float64 for float64 inputs), zero where the target is ignored. ``kl`` is None unless a reference was given.
+    """
+
+    logp: Tensor  # [N] log-probability of the target token
+    entropy: Tensor  # [N] entropy of the next-token distribution, in nats
+    lse: Tensor  # [N] log-sum-exp of the logits
+    mean_logit: Tensor | None = None  # [N] mean of the logits over the vocabulary
+    top1: Tensor | None = None  # [N] one where no logit exceeds the target's, else zero; no gradient
+    kl: Tensor | None = None  # [N] exact KL between policy and reference, in nats
+
+
+class LossOutput(NamedTuple):
+    """A differentiable scalar and what to log beside it."""
+
+    loss: Tensor  # []
+    metrics: dict[str, Tensor]  # detached scalars, named as in the glossary
+
+
+class HeadOptions(TypedDict, total=False):
+    """Options of the linear head, shared by every public function that meets it.
+
+    The logits are ``softcap(logit_scale * (hidden @ weight.T + bias)) / temperature``, in that order.
+    """
+
+    bias: Tensor | None  # [V]
+    temperature: float | Tensor  # positive; a number, or one per token, shaped like targets
+    softcap: float | None  # logits become softcap * tanh(logits / softcap)
+    logit_scale: float
+    vocab_size: int | None  # columns of a padded weight beyond it do not exist
+    ignore_index: int
+    backend: str  # "auto", "eager" or "native"
+    max_bytes: int | None  # most scratch and stash, in bytes, whatever the number of tokens
+    weight_grad: Tensor | None  # [V, H] float32: the head's gradient is added here and weight.grad stays None
+    loss_scale: float  # with weight_grad: the factor that the loss will be multiplied by before backward
+    checks: bool  # look into the data (targets in range, nothing NaN)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Everything that turns hidden states into logits, but the temperature."""
+
+    weight: Tensor | None  # [V, H]; None: the hidden states are logits already
+    bias: Tensor | None = None  # [V]
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The same rows under a frozen head, for the exact KL. It shares the policy's temperature."""
+
+    hidden: Tensor  # [n, H']
+    head: Head  # of the same vocabulary
+    direction: str = "reverse"  # "reverse" is KL(policy | reference), "forward" KL(reference | policy)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A few rows on their way through the head; none of them is ignored."""
+
+    hidden: Tensor  # [n, H], rows contiguous
+    head: Head
+    targets: Tensor  # [n, K] int64, each a column of the head
+    temperature: float | Tensor  # a number or [n] float32
+    reference: Reference | None = None
+
+
+class Grads(NamedTuple):
+    """d loss / d statistic for the rows of a tile, in the dtype of the statistics."""
+
+    logp: Tensor  # [n, K]
+    entropy: Tensor  # [n]
+    lse: Tensor  # [n]
+    mean_logit: Tensor  # [n]
+    kl: Tensor  # [n]
+
+
+class Sinks(NamedTuple):
+    """Where a backend leaves its gradients. None: nobody wants it, skip that product."""
+
+    hidden: Tensor | None  # [r, H] hidden's dtype, float32 for float16: overwritten, one row per row asked for
+    weight: Tensor | None  # [V, H] float32 (float64 for float64 inputs): added to
+    bias: Tensor | None  # [V], as weight
+
+
+class Backend(Protocol):
+    """Three functions on one tile of rows. The residual is the backend's own business.
+
+    In the statistics of a tile ``logp`` is [n, K]; everything else is [n].
+    """
+
+    def residual_bytes(self, tile: Tile) -> int:
+        """Bytes of residual and scratch that ``forward`` needs per row."""
+        ...
+
+    def score(self, tile: Tile) -> TokenStats:
+        """Statistics only; scratch stays below 64 KiB per row whatever V."""
+        ...
+
+    def forward(self, tile: Tile) -> tuple[TokenStats, Any]:
+        """Statistics, and what ``backward`` needs."""
+        ...
+
+    def backward(
+        self, tile: Tile, residual: Any, stats: TokenStats, grads: Grads, rows: Tensor | None, sinks: Sinks
+    ) -> None:
+        """Gradients of the rows given by ``rows`` ([r] ascending int64; None is all). Consumes the residual."""
+        ...
+
+
+Objective = Callable[..., tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]
+"""``objective(stats, cu_seqlens, *per_token, *per_sequence) -> (scalar, {name: (sum, count)})``.
+
+It sees kept rows only: ``cu_seqlens`` counts kept rows, and sequences without any have length zero.
+The scalar must be additive over units (tokens, sequences or pairs): denominators are known beforehand.
+"""
