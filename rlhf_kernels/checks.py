@@ -49,7 +49,7 @@ def shaped(name: str, x: object, shape: tuple[int, ...], device: torch.device, w
 def holds(condition: Tensor, message: str) -> None:
     """Check a fact of the data. Free on a CPU; on a GPU the check runs there and never waits."""
     if condition.is_cuda:
-        torch._assert_async(condition, message)
+        torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
     elif not bool(condition):
         raise ValueError(message)
 
@@ -111,7 +111,7 @@ def finite_rows(hidden: Tensor, kept: Tensor | None) -> None:
 def explain_logits(lse: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     """Called on the first statistics of a call: a NaN in the head shows in every one of them."""
     if lse.is_cuda:
-        torch._assert_async(torch.isfinite(lse).all(), "weight or bias: got NaN or infinity, wants finite numbers")
+        holds(torch.isfinite(lse).all(), "weight or bias: got NaN or infinity, wants finite numbers")
         return
     if bool(torch.isfinite(lse).all()):
         return

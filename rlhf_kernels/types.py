@@ -25,6 +25,10 @@ class TokenStats(NamedTuple):
     top1: Tensor | None = None  # [N] one where no logit exceeds the target's, else zero; no gradient
     kl: Tensor | None = None  # [N] exact KL between policy and reference, in nats
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> TokenStats:
+        """The same statistics with ``change`` applied to every one that is there."""
+        return TokenStats(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
+
 
 class LossOutput(NamedTuple):
     """A differentiable scalar and what to log beside it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -73,32 +73,26 @@ class Call:
         return max(1, self.max_bytes // max(1, self.backend.residual_bytes(self.tile(0, 0))))
 
 
-def _reference(ref: RefArgument, ref_head: dict[str, Any] | None, direction: str, hidden: Tensor) -> Reference | None:
+def _reference(
+    ref: RefArgument, ref_head: HeadOptions | None, direction: str, hidden: Tensor, vocab: int
+) -> Reference | None:
     if ref is None:
         return None
     ref_hidden, ref_weight = ref
     check.float_tensor("ref[0]", ref_hidden)
     check.float_tensor("ref[1]", ref_weight, 2)
-    lead = tuple(hidden.shape[:-1])
-    check.wants(
-        tuple(ref_hidden.shape[:-1]) == lead, "ref[0]", ref_hidden, f"shape {[*lead, 'H']}, aligned with hidden"
-    )
-    check.wants(ref_hidden.shape[-1] == ref_weight.shape[1], "ref[1]", ref_weight, f"[V, {ref_hidden.shape[-1]}]")
+    lead, width = tuple(hidden.shape[:-1]), ref_hidden.shape[-1]
+    check.wants(tuple(ref_hidden.shape[:-1]) == lead, "ref[0]", ref_hidden, f"shape {[*lead, 'H']}, as hidden")
+    fits = ref_weight.shape[1] == width and ref_weight.shape[0] >= vocab
+    check.wants(fits, "ref[1]", ref_weight, f"[{vocab}, {width}], the policy's vocabulary")
     for name, x in (("ref[0]", ref_hidden), ("ref[1]", ref_weight)):
         check.wants(x.dtype == hidden.dtype, name, x, f"the dtype of hidden, {hidden.dtype}")
         check.wants(x.device == hidden.device, name, x, f"device {hidden.device}, where hidden is")
-    options = dict(ref_head or {})
+    options = ref_head or HeadOptions()
     unknown = options.keys() - {"bias", "softcap", "logit_scale"}
     check.wants(not unknown, "ref_head", sorted(unknown), "bias, softcap and logit_scale only")
-    bias = options.get("bias")
-    head = Head(
-        ref_weight.detach(),
-        None if bias is None else bias.detach(),
-        options.get("softcap"),
-        options.get("logit_scale", 1.0),
-    )
     check.wants(direction in ("reverse", "forward"), "direction", direction, "'reverse' or 'forward'")
-    return Reference(ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), head, direction)
+    return Reference(ref_hidden.detach().reshape(-1, width), _head(ref_hidden, ref_weight, vocab, options), direction)
 
 
 def _kept(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
@@ -111,8 +105,12 @@ def _kept(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, Te
     return targets.masked_fill(ignored, 0), partly, None if rows == targets.shape[0] else kept, rows
 
 
-def _head(weight: Tensor | None, vocab: int, options: HeadOptions) -> Head:
+def _head(hidden: Tensor, weight: Tensor | None, vocab: int, options: HeadOptions) -> Head:
     bias, softcap, scale = options.get("bias"), options.get("softcap"), options.get("logit_scale", 1.0)
+    width = hidden.shape[-1] if weight is None else weight.shape[0]
+    if bias is not None:
+        check.shaped("bias", bias, (width,), hidden.device, "one per row of weight")
+        check.wants(bias.dtype == hidden.dtype, "bias", bias, f"the dtype of hidden, {hidden.dtype}")
     if softcap is not None:
         check.positive("softcap", softcap)
     check.wants(check.is_number(scale) and scale != 0, "logit_scale", scale, "a number other than zero")
@@ -140,7 +138,7 @@ def prepare(
     targets: Tensor,
     per_position: int = 0,
     ref: RefArgument = None,
-    ref_head: dict[str, Any] | None = None,
+    ref_head: HeadOptions | None = None,
     direction: str = "reverse",
     **options: Unpack[HeadOptions],
 ) -> Call:
@@ -158,15 +156,8 @@ def prepare(
     width = hidden.shape[-1] if weight is None else weight.shape[0]
     vocab = options.get("vocab_size") or width
     check.wants(isinstance(vocab, int) and 0 < vocab <= width, "vocab_size", vocab, f"1 to {width}, the rows of weight")
-    bias = options.get("bias")
-    if bias is not None:
-        check.shaped("bias", bias, (width,), hidden.device, "one per row of weight")
-        check.wants(bias.dtype == hidden.dtype, "bias", bias, f"the dtype of hidden, {hidden.dtype}")
-    reference = _reference(ref, ref_head, direction, hidden)
-    if reference is not None and reference.head.weight is not None:
-        ref_weight = reference.head.weight[:vocab]
-        check.wants(ref_weight.shape[0] == vocab, "ref[1]", ref_weight, f"[{vocab}, H'], the policy's vocabulary")
-        reference = replace(reference, head=replace(reference.head, weight=ref_weight))
+    built = _head(hidden, weight, vocab, options)
+    reference = _reference(ref, ref_head, direction, hidden, vocab)
     temperature = _temperature(options.get("temperature", 1.0), targets, per_position, hidden)
     weight_grad, scale = options.get("weight_grad"), options.get("loss_scale", 1.0)
     if weight_grad is not None:
@@ -198,7 +189,7 @@ def prepare(
             at = temperature if kept is None else temperature[kept]
             check.holds(((at > 0) & torch.isfinite(at)).all(), "temperature: wants positive finite numbers")
     return Call(
-        head=_head(weight, vocab, options),
+        head=built,
         targets=clean,
         ignored=partly,
         kept=kept,

@@ -14,7 +14,7 @@ from rlhf_kernels import checks as check
 from rlhf_kernels.engine.call import Call, RefArgument, cast_inputs, prepare
 from rlhf_kernels.engine.op import padded
 from rlhf_kernels.engine.span import Gradients, Span, stats_dtype
-from rlhf_kernels.types import Grads, HeadOptions, LossOutput, Objective, TokenStats
+from rlhf_kernels.types import Grads, HeadOptions, LossOutput, Objective
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _objective(
     stats = span.stats._replace(logp=span.stats.logp.squeeze(1))
     cu = None if batch.cu_kept is None else batch.cu_kept[first : last + 1].to(call.hidden.device) - span.start
     tokens = [call.pick(x, span.start, span.stop) for x in batch.per_token]
-    leaves = TokenStats(*(None if x is None else x.detach().requires_grad_(wants_grad) for x in stats))
+    leaves = stats.each(lambda x: x.detach().requires_grad_(wants_grad))
     with torch.set_grad_enabled(wants_grad):
         value, metrics = batch.objective(leaves, cu, *tokens, *(x[first:last] for x in batch.per_sequence))
     check.wants(
@@ -165,7 +165,7 @@ def fused_loss(
     cu_seqlens: Tensor | None = None,
     unit: int = 1,
     ref: RefArgument = None,
-    ref_head: dict[str, Any] | None = None,
+    ref_head: HeadOptions | None = None,
     **head: Unpack[HeadOptions],
 ) -> LossOutput:
     """Any loss of the token statistics, with its gradient taken in the forward pass.

@@ -84,7 +84,7 @@ def _run(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call)
 
 def _statistics(
     hidden: Tensor, weight: Tensor | None, targets: Tensor, per_position: int, ref: RefArgument,
-    ref_head: dict[str, Any] | None, direction: str, head: HeadOptions,
+    ref_head: HeadOptions | None, direction: str, head: HeadOptions,
 ) -> TokenStats:  # fmt: skip
     hidden, weight, bias = cast_inputs(hidden, weight, head.get("bias"))  # type: ignore[assignment]
     head["bias"] = bias
@@ -172,7 +172,7 @@ def kl_divergence(
     targets: Tensor,
     *,
     direction: str = "reverse",
-    ref_head: dict[str, Any] | None = None,
+    ref_head: HeadOptions | None = None,
     **head: Unpack[HeadOptions],
 ) -> Tensor:
     """Exact KL between policy and a frozen reference at each token, over the whole vocabulary, differentiable.

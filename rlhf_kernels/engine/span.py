@@ -49,6 +49,11 @@ def _pieces(start: int, stop: int, rows: int) -> list[tuple[int, int]]:
     return [(i, min(i + size, stop)) for i in range(start, stop, size)] or [(start, stop)]
 
 
+def _joined(parts: list[TokenStats]) -> TokenStats:
+    columns = zip(*parts, strict=True)
+    return TokenStats(*(None if x[0] is None else torch.cat(x) for x in columns))  # type: ignore[arg-type]
+
+
 class Span:
     """Statistics of kept rows start to stop; ``keep`` says whether gradients may be asked for."""
 
@@ -72,9 +77,7 @@ class Span:
                 check.explain_logits(stats.lse, call.head.weight, call.head.bias)
             self.pieces.append((a, b, residual))
             parts.append(stats)
-        self.stats = TokenStats(
-            *(None if x[0] is None else x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts, strict=True))
-        )
+        self.stats = parts[0] if len(parts) == 1 else _joined(parts)
 
     def backward(self, grads: Grads, into: Gradients) -> None:
         """Add the gradients of these rows; rows whose gradient is exactly zero are skipped. Uses up the residuals."""
@@ -82,14 +85,8 @@ class Span:
             return
         for a, b, residual in self.pieces:
             part = slice(a - self.start, b - self.start)
-            self._piece(
-                a,
-                b,
-                residual,
-                TokenStats(*(x if x is None else x[part] for x in self.stats)),
-                Grads(*(g[part] for g in grads)),
-                into,
-            )
+            here = Grads(*(g[part] for g in grads))
+            self._piece(a, b, residual, self.stats.each(lambda x, part=part: x[part]), here, into)
         self.pieces = [(a, b, None) for a, b, _ in self.pieces]
 
     def _piece(self, a: int, b: int, residual: Any, stats: TokenStats, grads: Grads, into: Gradients) -> None:
