@@ -14,13 +14,19 @@ from torch import Tensor
 
 from rlhf_kernels.types import Grads, Head, Sinks, Tile, TokenStats
 
-STRIP = 8192  # columns at a time; below this the matrix products lose their speed
+STRIP = 2048  # columns at a time
+SCRATCH = 6 * STRIP  # numbers per row that are alive beside the logits while a strip is worked on
 
 
 class Residual(NamedTuple):
+    """Logits, and each row's log-sum-exp in two parts: subtracted one after the other they cost log p no digits,
+    where their sum, rounded to float32 at 80, would cost five.
+    """
+
     z: Tensor  # [n, V]
+    norm: tuple[Tensor, Tensor]  # [n] largest logit, [n] log of the mass relative to it
     z_ref: Tensor | None
-    lse_ref: Tensor | None  # [n]
+    norm_ref: tuple[Tensor, Tensor]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -33,7 +39,7 @@ def width(tile: Tile) -> int:
 
 
 def residual_bytes(tile: Tile) -> int:
-    return width(tile) * wide(tile.hidden.dtype).itemsize * (2 if tile.reference else 1)
+    return (width(tile) + SCRATCH) * wide(tile.hidden.dtype).itemsize * (2 if tile.reference else 1)
 
 
 def _strips(tile: Tile) -> Iterator[slice]:
@@ -72,24 +78,33 @@ def _zero_times(weights: Tensor, x: Tensor) -> Tensor:
 
 
 class _Fold:
-    """Running softmax sums of rows, strip after strip: max z, sum e^(z-max), and sums weighted by it."""
+    """Running softmax sums of rows, strip after strip, all relative to the largest logit so far.
+
+    The weighted sum is of z - max and not of z: logits around 2000 would leave no digits for the entropy.
+    """
 
     def __init__(self, n: int, device: torch.device):
         self.most = torch.full((n,), -torch.inf, dtype=torch.float64, device=device)
-        self.mass, self.first, self.gap = torch.zeros(3, n, dtype=torch.float64, device=device)
+        self.mass, self.drop, self.gap = torch.zeros(3, n, dtype=torch.float64, device=device)
 
     def push(self, z: Tensor, other: Tensor | None) -> None:
         most = torch.maximum(self.most, z.amax(1).double())
+        down = (self.most - most).nan_to_num_(neginf=0.0)  # before the first strip there is no mass to move
         shrink = (self.most - most).exp_().nan_to_num_(0.0)
-        e = (z - most.to(z.dtype)[:, None]).exp_().nan_to_num_(0.0)
-        self.mass = self.mass * shrink + e.sum(1, dtype=torch.float64)
-        self.first = self.first * shrink + _zero_times(e, z).sum(1, dtype=torch.float64)
+        below = z - most.to(z.dtype)[:, None]
+        e = below.exp().nan_to_num_(0.0)
         if other is not None:
             self.gap = self.gap * shrink + _zero_times(e, z - other).sum(1, dtype=torch.float64)
+        self.drop = (self.drop + self.mass * down) * shrink
+        self.drop += below.mul_(e).masked_fill_(e == 0, 0.0).sum(1, dtype=torch.float64)
+        self.mass = self.mass * shrink + e.sum(1, dtype=torch.float64)
         self.most = most
 
     def lse(self) -> Tensor:
         return self.most + self.mass.log()
+
+    def norm(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.most.to(dtype), self.mass.log().to(dtype)
 
 
 def _statistics(tile: Tile, strips: Iterable[tuple[slice, Tensor, Tensor | None]]) -> tuple[TokenStats, Tensor | None]:
@@ -106,21 +121,19 @@ def _statistics(tile: Tile, strips: Iterable[tuple[slice, Tensor, Tensor | None]
         inside, column = _locate(tile.targets, strip)
         target = torch.where(inside, z.gather(1, column).double(), target)
         total += z.sum(1, dtype=torch.float64)
-    lse, lse_ref = policy.lse(), reference.lse() if tile.reference else None
-    kl = None
-    if lse_ref is not None:
-        kl = reference.gap / reference.mass - lse_ref + lse if forward_kl else policy.gap / policy.mass - lse + lse_ref
-        kl = kl.clamp_(min=0.0).to(dtype)
-        lse_ref = lse_ref.to(dtype)
+    lse, kl = policy.lse(), None
+    if tile.reference is not None:
+        ahead, behind = (reference, policy) if forward_kl else (policy, reference)
+        kl = (ahead.gap / ahead.mass - ahead.lse() + behind.lse()).clamp_(min=0.0).to(dtype)
     stats = TokenStats(
         logp=(target - lse[:, None]).clamp_(max=0.0).to(dtype),
-        entropy=(lse - policy.first / policy.mass).clamp_(min=0.0).to(dtype),
+        entropy=(policy.mass.log() - policy.drop / policy.mass).clamp_(min=0.0).to(dtype),
         lse=lse.to(dtype),
         mean_logit=(total / width(tile)).to(dtype),
         top1=(target[:, 0] >= policy.most).to(dtype),
         kl=kl,
     )
-    return stats, lse_ref
+    return stats, policy, reference
 
 
 def _locate(targets: Tensor, strip: slice) -> tuple[Tensor, Tensor]:
@@ -148,8 +161,8 @@ def forward(tile: Tile) -> tuple[TokenStats, Residual]:
     z = filled(tile.hidden, tile.head)
     z_ref = filled(tile.reference.hidden, tile.reference.head) if tile.reference else None
     views = ((s, z[:, s], None if z_ref is None else z_ref[:, s]) for s in _strips(tile))
-    stats, lse_ref = _statistics(tile, views)
-    return stats, Residual(z, z_ref, lse_ref)
+    stats, policy, reference = _statistics(tile, views)
+    return stats, Residual(z, policy.norm(z.dtype), z_ref, reference.norm(z.dtype))
 
 
 def _grad_logits(
@@ -165,13 +178,13 @@ def _grad_logits(
 
     z = pick(residual.z[:, s])
     temperature = column(tile.temperature) if isinstance(tile.temperature, Tensor) else tile.temperature
-    log_p = z - column(stats.lse)
+    log_p = z - column(residual.norm[0]) - column(residual.norm[1])
     p = log_p.exp()
     g = p * (column(grads.lse) - pick(grads.logp).sum(1, keepdim=True))
     g -= _zero_times(p, log_p + column(stats.entropy)) * column(grads.entropy)
     g += column(grads.mean_logit) / width(tile)
-    if tile.reference is not None and residual.z_ref is not None and residual.lse_ref is not None:
-        log_q = pick(residual.z_ref[:, s]) - column(residual.lse_ref)
+    if tile.reference is not None and residual.z_ref is not None:
+        log_q = pick(residual.z_ref[:, s]) - column(residual.norm_ref[0]) - column(residual.norm_ref[1])
         if tile.reference.direction == "forward":
             g += (p - log_q.exp()) * column(grads.kl)
         elif stats.kl is not None:

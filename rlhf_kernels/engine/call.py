@@ -15,6 +15,7 @@ from rlhf_kernels.types import Backend, Head, HeadOptions, Reference, Tile
 MAX_BYTES = {"cpu": 256 * 2**20}  # measured: larger tiles gain under 2 % at a vocabulary of 152k
 MAX_BYTES_GPU = 1_700_000_000
 SCORE_ROWS = 2048  # scoring keeps no logits, so only the re-reading of the weight speaks for large tiles
+SCORE_BYTES = 65536  # of scratch per row, which the seam allows
 
 RefArgument = tuple[Tensor, Tensor] | None
 
@@ -71,6 +72,10 @@ class Call:
     def tile_rows(self) -> int:
         """How many rows may hold their logits at once."""
         return max(1, self.max_bytes // max(1, self.backend.residual_bytes(self.tile(0, 0))))
+
+    def score_rows(self) -> int:
+        """How many rows may be scored at once."""
+        return min(SCORE_ROWS, max(1, self.max_bytes // SCORE_BYTES))
 
 
 def _reference(
@@ -207,8 +212,14 @@ def prepare(
 
 def cast_inputs(*tensors: Tensor | None) -> list[Tensor | None]:
     """Under autocast, the head runs in autocast's dtype, as ``F.linear`` would."""
-    device = next(x.device.type for x in tensors if x is not None)
-    if not torch.is_autocast_enabled(device):
+    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "none")
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+            return x
+        return x.to(dtype)
+
+    return [cast(x) for x in tensors]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import checks as check
-from rlhf_kernels.engine.call import SCORE_ROWS, Call
+from rlhf_kernels.engine.call import Call
 from rlhf_kernels.types import Grads, Sinks, TokenStats
 
 
@@ -61,7 +61,7 @@ class Span:
         self.call, self.start, self.stop = call, start, stop
         budget = call.tile_rows()
         if not keep:
-            pieces, self.stash = _pieces(start, stop, SCORE_ROWS), 0
+            pieces, self.stash = _pieces(start, stop, call.score_rows()), 0
         elif stop - start <= budget:
             pieces, self.stash = [(start, stop)], 1
         else:
