@@ -2,7 +2,7 @@
 
 from rlhf_kernels.advantages import gae, group_advantages, shaped_rewards, whiten
 from rlhf_kernels.backends import backends
-from rlhf_kernels.engine import fused_loss, kl_divergence, token_logps, token_stats, token_stats_from_logits
+from rlhf_kernels.engine import fused_loss, kl_divergence, token_logps, token_stats, token_stats_from_logits, warmup
 from rlhf_kernels.losses import (
     bradley_terry_loss,
     dpo_loss,
@@ -45,5 +45,6 @@ __all__ = [
     "token_stats",
     "token_stats_from_logits",
     "value_loss",
+    "warmup",
     "whiten",
 ]

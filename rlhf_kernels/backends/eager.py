@@ -107,8 +107,8 @@ class _Fold:
         return self.most.to(dtype), self.mass.log().to(dtype)
 
 
-def _statistics(tile: Tile, strips: Iterable[tuple[slice, Tensor, Tensor | None]]) -> tuple[TokenStats, Tensor | None]:
-    """The statistics, and the reference's log-sum-exp if there is one."""
+def _statistics(tile: Tile, strips: Iterable[tuple[slice, Tensor, Tensor | None]]) -> tuple[TokenStats, _Fold, _Fold]:
+    """The statistics, and the sums of policy and reference they were made of."""
     n, device, dtype = tile.hidden.shape[0], tile.hidden.device, wide(tile.hidden.dtype)
     forward_kl = tile.reference is not None and tile.reference.direction == "forward"
     policy, reference = _Fold(n, device), _Fold(n, device)

@@ -2,5 +2,6 @@
 
 from rlhf_kernels.engine.fused import fused_loss
 from rlhf_kernels.engine.op import kl_divergence, token_logps, token_stats, token_stats_from_logits
+from rlhf_kernels.engine.warmup import warmup
 
-__all__ = ["fused_loss", "kl_divergence", "token_logps", "token_stats", "token_stats_from_logits"]
+__all__ = ["fused_loss", "kl_divergence", "token_logps", "token_stats", "token_stats_from_logits", "warmup"]

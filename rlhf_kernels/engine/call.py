@@ -79,7 +79,7 @@ class Call:
 
 
 def _reference(
-    ref: RefArgument, ref_head: HeadOptions | None, direction: str, hidden: Tensor, vocab: int
+    ref: RefArgument, ref_head: HeadOptions | None, direction: str, hidden: Tensor, vocab: int, policy: HeadOptions
 ) -> Reference | None:
     if ref is None:
         return None
@@ -88,12 +88,18 @@ def _reference(
     check.float_tensor("ref[1]", ref_weight, 2)
     lead, width = tuple(hidden.shape[:-1]), ref_hidden.shape[-1]
     check.wants(tuple(ref_hidden.shape[:-1]) == lead, "ref[0]", ref_hidden, f"shape {[*lead, 'H']}, as hidden")
-    fits = ref_weight.shape[1] == width and ref_weight.shape[0] >= vocab
-    check.wants(fits, "ref[1]", ref_weight, f"[{vocab}, {width}], the policy's vocabulary")
+    cut = policy.get("vocab_size") is not None  # then both heads may be padded, each in its way
+    fits = ref_weight.shape[0] >= vocab if cut else ref_weight.shape[0] == vocab
+    check.wants(
+        fits and ref_weight.shape[1] == width, "ref[1]", ref_weight, f"[{vocab}, {width}], the policy's vocabulary"
+    )
     for name, x in (("ref[0]", ref_hidden), ("ref[1]", ref_weight)):
         check.wants(x.dtype == hidden.dtype, name, x, f"the dtype of hidden, {hidden.dtype}")
         check.wants(x.device == hidden.device, name, x, f"device {hidden.device}, where hidden is")
-    options = ref_head or HeadOptions()
+    if ref_head is None:  # mostly it is an older copy of the policy
+        check.wants(policy.get("bias") is None, "ref_head", None, "the reference's bias, as the policy's head has one")
+        ref_head = HeadOptions(softcap=policy.get("softcap"), logit_scale=policy.get("logit_scale", 1.0))
+    options = ref_head
     unknown = options.keys() - {"bias", "softcap", "logit_scale"}
     check.wants(not unknown, "ref_head", sorted(unknown), "bias, softcap and logit_scale only")
     check.wants(direction in ("reverse", "forward"), "direction", direction, "'reverse' or 'forward'")
@@ -159,10 +165,11 @@ def prepare(
     else:
         check.head_arguments(hidden, weight, targets, per_position)
     width = hidden.shape[-1] if weight is None else weight.shape[0]
-    vocab = options.get("vocab_size") or width
+    asked = options.get("vocab_size")
+    vocab = width if asked is None else asked
     check.wants(isinstance(vocab, int) and 0 < vocab <= width, "vocab_size", vocab, f"1 to {width}, the rows of weight")
     built = _head(hidden, weight, vocab, options)
-    reference = _reference(ref, ref_head, direction, hidden, vocab)
+    reference = _reference(ref, ref_head, direction, hidden, vocab, options)
     temperature = _temperature(options.get("temperature", 1.0), targets, per_position, hidden)
     weight_grad, scale = options.get("weight_grad"), options.get("loss_scale", 1.0)
     if weight_grad is not None:

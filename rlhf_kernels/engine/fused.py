@@ -186,7 +186,7 @@ def fused_loss(
         cu_seqlens: [S+1] boundaries of the given rows, ignored ones included.
         unit: sequences that must be seen together (2 for preference pairs).
         ref: (ref_hidden, ref_weight); then ``stats.kl`` is the exact KL(policy | reference).
-        ref_head: bias, softcap and logit_scale of the reference's head.
+        ref_head: bias, softcap and logit_scale of the reference's head; None: as the policy's, which then has no bias.
         **head: see ``HeadOptions``.
 
     Returns:

@@ -187,7 +187,8 @@ def kl_divergence(
         ref_weight: [V, H'] its head.
         targets: [...] int64; only ``ignore_index`` matters here.
         direction: ``"reverse"`` or ``"forward"``.
-        ref_head: bias, softcap and logit_scale of the reference's head; the temperature is the policy's.
+        ref_head: bias, softcap and logit_scale of the reference's head; None: as the policy's, which then has no bias.
+            The temperature is the policy's.
         **head: see ``HeadOptions``.
 
     Returns:

@@ -36,7 +36,7 @@ class Gradients(NamedTuple):
         fresh_weight = wanted[1] and weight is not None and call.weight_grad is None
         return Gradients(
             hidden=call.hidden.new_zeros(call.hidden.shape, dtype=dtype) if wanted[0] else None,
-            weight=torch.zeros_like(weight, dtype=full) if fresh_weight and weight is not None
+            weight=weight.new_zeros(weight.shape, dtype=full) if fresh_weight and weight is not None
             else call.weight_grad[: call.vocab] if wanted[1] and call.weight_grad is not None else None,
             bias=torch.zeros_like(bias, dtype=full) if wanted[2] and bias is not None else None,
         )  # fmt: skip

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 
 def bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     cu = cu_seqlens.tolist()
-    return list(zip(cu[:-1], cu[1:], strict=True))
+    return list(pairwise(cu))
 
 
 def gae(
@@ -22,7 +24,7 @@ def gae(
     bootstrap: Tensor | None = None,
     whiten: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), Schulman et al. 2016 eq. 16, over the positions of the mask as if there were no others."""
+    """(advantages, returns), Schulman et al. 2016 eq. 16, as if only the positions of the mask existed."""
     advantages = torch.zeros(rewards.shape, dtype=torch.float64)
     returns = torch.zeros(rewards.shape, dtype=torch.float64)
     for s, (start, end) in enumerate(bounds(cu_seqlens)):
@@ -42,7 +44,7 @@ def gae(
 
 
 def whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """Zero mean and unit (biased) variance over the mask, zero elsewhere; the mean comes back without ``shift_mean``."""
+    """Mean zero and (biased) variance one over the mask, zero elsewhere; ``shift_mean=False`` puts the mean back."""
     kept = torch.ones(x.shape, dtype=torch.bool) if mask is None else mask.bool()
     out = torch.zeros(x.shape, dtype=torch.float64)
     if not kept.any():
@@ -67,7 +69,7 @@ def shaped_rewards(
     kl: str = "k1",
     kl_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Ziegler et al. 2019 eq. 2 per token: rewards [N] with the score on the last token of the mask, and KL [S] unclipped."""
+    """Ziegler et al. 2019 eq. 2: rewards [N], the score on the last token of the mask; and KL [S], unclipped."""
     rewards = torch.zeros(logp.shape, dtype=torch.float64)
     per_sequence = torch.zeros(scores.shape, dtype=torch.float64)
     for s, (start, end) in enumerate(bounds(cu_seqlens)):

@@ -47,7 +47,9 @@ def materialised_logits(
     return logits / temperature
 
 
-def kept_logits(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, head: dict) -> tuple[Tensor, Tensor]:
+def kept_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, head: dict
+) -> tuple[Tensor, Tensor]:
     """Logits of the rows that count, [n, V], and which of the flattened rows they are, [N] bool."""
     kept = targets.flatten() != ignore_index
     temperature = head.get("temperature", 1.0)
@@ -104,10 +106,8 @@ def kl_divergence(
     policy, kept = kept_logits(hidden, weight, targets, ignore_index, head)
     reference, _ = kept_logits(ref_hidden, ref_weight, targets, ignore_index, {**shared, **(ref_head or {})})
     log_p, log_q = policy.log_softmax(-1), reference.detach().log_softmax(-1)
-    if direction == "reverse":
-        kl = expectation(log_p, log_p - log_q)
-    else:
-        kl = expectation(log_q, log_q - log_p)
+    p, q = (log_p, log_q) if direction == "reverse" else (log_q, log_p)
+    kl = expectation(p, p - q)
     return put_back(kl, kept, targets.shape)
 
 

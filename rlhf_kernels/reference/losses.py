@@ -5,6 +5,8 @@ All of them take ``dtype`` beside the options of the head (``reference/head.py``
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,7 @@ from rlhf_kernels.reference.head import Stats, kl_divergence, token_stats
 def kept_per_sequence(targets: Tensor, cu_seqlens: Tensor, ignore_index: int) -> list[Tensor]:
     """For each sequence the positions of its tokens that count; empty where none does."""
     bounds = cu_seqlens.tolist()
-    return [
-        start + (targets[start:end] != ignore_index).nonzero().flatten()
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    return [start + (targets[start:end] != ignore_index).nonzero().flatten() for start, end in pairwise(bounds)]
 
 
 def reduce(
@@ -56,7 +55,7 @@ def spread(x: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def kl_estimate(kl: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Schulman 2020, "Approximating KL divergence"; a plus keeps the value and takes k2's gradient, which is unbiased."""
+    """Schulman 2020, "Approximating KL divergence"; a plus: the value, with k2's unbiased gradient."""
     log_ratio = ref_logp - logp
     k1, k2, k3 = -log_ratio, 0.5 * log_ratio**2, log_ratio.exp() - 1 - log_ratio
     if kl.endswith("+"):

@@ -137,10 +137,9 @@ def orpo_loss(
     log_odds = mean - torch.log1p(-mean.where(lengths > 0, -1.0).exp())
     chosen, rejected = pairs(log_odds)
     odds_ratio = over_pairs(-F.logsigmoid(chosen - rejected), lengths, num_pairs)
-    nll, count = -pairs(policy)[0], pairs(lengths)[0]
-    living = (lengths[0::2] > 0) & (lengths[1::2] > 0)
-    denominator = num_tokens if num_tokens is not None else float(count[living].sum())
-    return nll[living].sum() / denominator + beta * odds_ratio if denominator != 0 else odds_ratio
+    nll = -pairs(policy)[0].sum()
+    denominator = num_tokens if num_tokens is not None else float(pairs(lengths)[0].sum())
+    return nll / denominator + beta * odds_ratio if denominator != 0 else odds_ratio
 
 
 def simpo_loss(

@@ -90,7 +90,10 @@ def plackett_luce_loss(
     top: int | None = None,
     num_groups: float | Tensor | None = None,
 ) -> Tensor:
-    """Plackett 1975, down to those with fewer than ``top`` better ones; ties after Breslow 1974: each of the tied is chosen from among all of the tied and the worse."""
+    """Plackett 1975, down to those with fewer than ``top`` better ones.
+
+    Ties after Breslow 1974: each of the tied is chosen from among all of the tied and the worse.
+    """
     scores = scores.double()
     terms = []
     for group in members(groups, scores):
