@@ -1,0 +1,51 @@
+// The linear head, matrix products included: float32 logits that were never rounded, whose row sums are taken while
+// they are still in cache, and gradients that go straight into the last two products. Only for AVX-512.
+#pragma once
+#include "kernels.h"
+
+namespace rlhf {
+
+enum class Dtype { float32, bfloat16, float16 };
+
+// A head and its input rows, of one dtype, with contiguous rows.
+struct Head {
+  const void* hidden;  // [n, size]
+  int64_t ld_hidden;
+  const void* weight;  // [V, size], or null: there is no such head
+  int64_t ld_weight;
+  int64_t size;
+};
+
+// As PushCall, over the whole vocabulary. Where `push.policy.z` is null the logits are not kept.
+struct HeadForward {
+  Dtype dtype;
+  Head policy, reference;
+  PushCall push;
+};
+
+// What backward leaves: null where nobody wants it.
+struct Sinks {
+  void* hidden;  // [r, H] contiguous, bfloat16 for bfloat16, otherwise float32; overwritten
+  float* weight;     // [V, H], added to
+  int64_t ld_weight;
+  float* bias;  // [V], added to
+};
+
+// As GradCall, over the whole vocabulary and on into the sinks; `grad.grad` is not used.
+struct HeadBackward {
+  Dtype dtype;
+  Head policy;
+  GradCall grad;
+  Sinks sinks;
+};
+
+struct HeadKernels {
+  void (*forward)(const HeadForward&);
+  void (*backward)(const HeadBackward&);
+};
+
+const HeadKernels* head_kernels();  // null where there are none
+const HeadKernels& head_kernels_avx512();
+const HeadKernels& head_kernels_avx512bf16();
+
+}  // namespace rlhf

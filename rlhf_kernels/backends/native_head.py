@@ -1,0 +1,69 @@
+"""The whole head in csrc, matrix products and row sums in one pass, on machines for which it has products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import _C
+from rlhf_kernels.backends.native_rows import Rows, Sums, Upstream, address, strip_of
+from rlhf_kernels.types import Grads, Head, Sinks, Tile
+
+DTYPES = {
+    torch.float32: _C.Dtype.float32,
+    torch.bfloat16: _C.Dtype.bfloat16,
+    torch.float16: _C.Dtype.float16,
+}
+
+
+def fits(tile: Tile) -> bool:
+    """Whether csrc multiplies the matrices of this tile."""
+    dtype = tile.hidden.dtype
+    tensors = [tile.hidden, tile.head.weight]
+    if tile.reference is not None:
+        tensors += [tile.reference.hidden, tile.reference.head.weight]
+    return _C.has_head() and dtype in DTYPES and all(x is not None and x.dtype == dtype for x in tensors)
+
+
+class _Operands:
+    """Hidden states and weight, their rows contiguous."""
+
+    def __init__(self, hidden: Tensor, head: Head):
+        assert head.weight is not None
+        self._hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+        self._weight = head.weight if head.weight.stride(-1) == 1 else head.weight.contiguous()
+        self.c = _C.Head(
+            hidden=address(self._hidden),
+            ld_hidden=self._hidden.stride(0),
+            weight=address(self._weight),
+            ld_weight=self._weight.stride(0),
+            size=hidden.shape[1],
+        )
+
+
+def forward(tile: Tile, rows: Rows, sums: Sums, z: Tensor | None, z_ref: Tensor | None) -> None:
+    """Fill the sums; keep the logits in ``z`` and ``z_ref`` ([n, V]) where given."""
+    policy, ref = _Operands(tile.hidden, tile.head), tile.reference
+    reference = _Operands(ref.hidden, ref.head) if ref else None
+    _C.head_forward(
+        DTYPES[tile.hidden.dtype], policy.c, reference.c if reference else _C.Head(), rows.work(), strip_of(z, 0),
+        strip_of(z_ref, 0), rows.transform, rows.transform_ref, rows.targets(sums), sums.c,
+    )  # fmt: skip
+
+
+def backward(
+    tile: Tile, z: Tensor, z_ref: Tensor | None, sums: Sums, grads: Grads, index: Tensor | None, sinks: Sinks
+) -> None:
+    """Gradients of the rows in ``index`` into the sinks."""
+    rows, upstream, policy = Rows(tile), Upstream(grads, torch.float32), _Operands(tile.hidden, tile.head)
+    count = tile.hidden.shape[0] if index is None else index.numel()
+    into = _C.Sinks(
+        hidden=address(sinks.hidden),
+        weight=address(sinks.weight),
+        ld_weight=0 if sinks.weight is None else sinks.weight.stride(0),
+        bias=address(sinks.bias),
+    )
+    _C.head_backward(
+        DTYPES[tile.hidden.dtype], policy.c, rows.work(count), address(index), strip_of(z, 0), strip_of(z_ref, 0),
+        rows.transform, rows.targets(sums), sums.c, upstream.c, into,
+    )  # fmt: skip
