@@ -1,0 +1,84 @@
+"""The log that a run leaves behind, and what it shows meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from trainer import console
+from trainer.log import RunLog
+
+
+def test_metrics_and_samples_reach_the_disk_at_once(tmp_path):
+    log = RunLog(tmp_path, quiet=True)
+    with log.start("sft", 2) as bar:
+        bar.step({"loss": torch.tensor(0.5), "odd": float("nan")})
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+            "stage": "sft", "step": 1, "loss": 0.5, "odd": None,
+        }  # fmt: skip
+        bar.step({"loss": 0.25})
+    log.samples("before and after", [{"prompt": "p", "before": "a", "after": "ü"}])
+    assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["title"] == "before and after"
+
+
+def test_the_summary_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    log = RunLog(tmp_path, quiet=True)
+    log.summary({"n": 1, "x": torch.tensor(2.0), "bad": float("inf"), "path": tmp_path})
+    expected = {"n": 1, "x": 2.0, "bad": None, "path": str(tmp_path)}
+    assert json.loads((tmp_path / "summary.json").read_text()) == expected
+
+    def fail(descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        log.summary({"n": 2})
+    assert json.loads((tmp_path / "summary.json").read_text()) == expected
+
+
+def test_plain_progress_is_brief(tmp_path, capsys):
+    log = RunLog(tmp_path)
+    with log.start("sft", 100) as bar:
+        for _ in range(100):
+            bar.step({"loss": 0.5})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[-1].startswith("sft  100/100  loss 0.5")
+    log.table("Results", [("loss", "0.5"), ("accuracy", "0.9 ± 0.1")])
+    log.samples("Some", [{"prompt": "p"}] * 9)
+    log.note("done")
+    shown = capsys.readouterr().out
+    assert "  loss      0.5\n  accuracy  0.9 ± 0.1\n" in shown
+    assert shown.count("prompt  p") == 4
+    assert shown.endswith("done\n")
+
+
+def test_quiet_is_silent(tmp_path, capsys):
+    log = RunLog(tmp_path, quiet=True)
+    with log.start("sft", 1) as bar:
+        bar.step({"loss": 1.0})
+    log.table("t", [("a", "b")])
+    log.samples("s", [{"prompt": "p"}])
+    log.note("n")
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_a_terminal_gets_one_bar_and_brackets_survive(tmp_path, monkeypatch, capsys):
+    rich_console = pytest.importorskip("rich.console")
+    terminal = rich_console.Console(force_terminal=True, width=100)
+    monkeypatch.setattr(console, "_rich_console", lambda: terminal)
+    log = RunLog(tmp_path)
+    with log.start("ppo [weak]", 2) as bar:
+        bar.step({"loss": 1.0})
+        bar.step({"loss": 0.5})
+    log.table("Results [x]", [("win rate", "0.8 [b]")])
+    shown = capsys.readouterr().out
+    assert "ppo [weak]" in shown
+    assert "2/2" in shown
+    assert "Results [x]" in shown
+    assert "0.8 [b]" in shown

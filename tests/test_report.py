@@ -1,0 +1,208 @@
+"""The report: self-contained, complete where there is something to show, calm where there is not."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from trainer import report
+from trainer.log import RunLog
+from trainer.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, chart, ticks
+from trainer.report_tables import tables
+
+VOID = {"meta", "br", "img", "input", "link"}
+
+
+class Outline(HTMLParser):
+    """Checks that tags nest, and collects attributes that could load something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [str(v) for k, v in attrs if k in ("src", "href", "srcset", "action", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def parse(page: str) -> Outline:
+    outline = Outline()
+    outline.feed(page)
+    assert outline.open in ([], ["html"])
+    return outline
+
+
+@pytest.fixture
+def run(tmp_path):
+    log = RunLog(tmp_path / "demo", quiet=True)
+    for stage, drop in (("ppo", 0.0), ("ppo <no KL>", 1.0)):
+        with log.start(stage, 30) as bar:
+            for i in range(30):
+                metrics = {
+                    "objective/scores": i / 30, "objective/kl": i * (1 + drop), "policy/entropy_avg": 1 - i / 40,
+                    "policy/clipfrac_avg": 0.1, "response/length": 8.0 - drop * i / 10, "extra": 3.0,
+                }  # fmt: skip
+                if i % 10 == 9:
+                    rate = 0.5 + (0.5 - drop) * i / 60
+                    metrics |= {"win_rate": rate, "win_rate_low": rate - 0.03, "win_rate_high": rate + 0.03}
+                bar.step(metrics)
+    log.samples("Before and after", [{"prompt": "<p>", "before": "a & b", "after": "c", "judge_after": 3.5}] * 10)
+    log.summary(
+        {
+            "seed": 0,
+            "verdicts": [
+                {"title": "PPO wins", "text": "by far", "ok": True},
+                {"title": "Reward hacking detected", "text": "at update 12", "ok": False},
+            ],
+            "sft": {"judge": {"value": 1.76, "low": 1.66, "high": 1.86}},
+            "ppo": {"judge": {"value": 3.05, "low": 2.99, "high": 3.11}, "kl": 1.9},
+            "reward_model": {"accuracy": 0.903, "accuracy_low": 0.89, "accuracy_high": 0.915},
+        }
+    )
+    return tmp_path / "demo"
+
+
+def test_a_whole_run(run):
+    path = report.write(run)
+    page = path.read_text(encoding="utf-8")
+    outline = parse(page)
+    assert path == run / "report.html"
+    assert outline.loads == []
+    assert "script" not in outline.tags
+    assert not re.search(r"url\(|@import|https?://", page)
+    for title in ("Reward", "Held-out win rate", "KL", "Entropy", "Clip fraction", "Length"):
+        assert f"<figcaption><b>{title}</b>" in page
+    assert page.count("ppo &lt;no KL&gt;</span>") >= 6
+    assert '<polygon class="band"' in page
+    assert 'class="verdict ok"' in page
+    assert 'class="verdict alarm"' in page
+    assert "Reward hacking detected" in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_text_is_escaped_and_samples_stand_side_by_side(run):
+    page = report.write(run).read_text(encoding="utf-8")
+    assert "&lt;p&gt;" in page
+    assert "<p>&lt;" not in page
+    assert "a &amp; b</pre>" in page
+    assert page.count("<article>") == 8
+    assert "2 more in samples.jsonl" in page
+    assert "<h4>after</h4><pre>c</pre><span class=chip>judge <b>3.5</b></span>" in page
+
+
+def test_models_share_a_table_and_intervals_are_shown(run):
+    page = report.write(run).read_text(encoding="utf-8")
+    assert "<th>sft</th><th>ppo</th>" in page
+    assert "<b>1.760</b> <span class=ci>[1.660, 1.860]</span>" in page
+    assert "<b>0.903</b> <span class=ci>[0.890, 0.915]</span>" in page
+    assert "accuracy low" not in page
+    assert "<caption>Run</caption>" in page
+
+
+def test_intervals_of_a_row_are_drawn_on_one_scale():
+    row = tables({"a": {"x": {"value": 0.0, "half": 1.0}}, "b": {"x": {"value": 2.0, "half": 1.0}}})
+    centres = [float(c) for c in re.findall(r'cx="([\d.]+)"', row)]
+    ends = [float(e) for e in re.findall(r'<line x1="[\d.]+" x2="([\d.]+)"', row)]
+    assert centres[1] - centres[0] == pytest.approx(2 * (ends[0] - centres[0]), abs=0.2)
+
+
+def test_sections_of_sections_are_tables_of_their_own():
+    page = tables({"arms": {"healthy": {"judge": 3.0}, "hacked": {"judge": 1.0}}, "seconds": 90.0})
+    assert "<caption>Arms</caption>" in page
+    assert "<th>healthy</th><th>hacked</th>" in page
+    assert "<b>90.0</b>" in page
+
+
+@pytest.mark.parametrize("missing", ["metrics.jsonl", "summary.json", "samples.jsonl"])
+def test_what_is_missing_is_left_out(run, missing):
+    (run / missing).unlink()
+    page = report.write(run).read_text(encoding="utf-8")
+    parse(page)
+    assert ("<h2>Training" in page) == (missing != "metrics.jsonl")
+    assert ("<h2>Results" in page) == (missing != "summary.json")
+    assert ("no summary yet" in page) == (missing == "summary.json")
+    assert ("<h2>Samples" in page) == (missing != "samples.jsonl")
+
+
+def test_a_log_cut_short_still_reports(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "sft", "step": 1, "loss": 2.0, "nan": null}\n{"stage": "s')
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    parse(page)
+    assert "<figcaption><b>Loss</b>" in page
+
+
+def test_folders_without_a_run_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        report.write(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        report.write(tmp_path / "nowhere")
+
+
+def test_the_nearest_metric_wins_and_the_rest_is_kept(tmp_path):
+    lines = [{"stage": "ppo", "step": i, "objective/entropy": 9.0, "policy/entropy_avg": 0.5} for i in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    training, _, others = page.partition("Every other metric")
+    assert "step 1: 0.5<" in training
+    assert "step 1: 9<" not in training
+    assert "step 1: 9<" in others
+
+
+def test_arms_share_a_plot_and_strangers_do_not(tmp_path):
+    log = RunLog(tmp_path, quiet=True)
+    for stage, metrics in (
+        ("sft", {"entropy": 3.0, "nll": 2.0}),
+        ("ppo", {"entropy": 1.0, "kl": 0.1, "ratio": 1.0}),
+        ("hack", {"entropy": 0.5, "kl": 9.0, "ratio": 1.0}),
+    ):
+        with log.start(stage, 1) as bar:
+            bar.step(metrics)
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    legends = re.findall(r"<b>Entropy</b><span class=legend>(.*?)</span><small>", page)
+    assert [re.findall(r">(\w+)<", legend + "<") for legend in legends] == [["sft"], ["ppo", "hack"]]
+
+
+def points(svg: str) -> list[tuple[float, float]]:
+    """The coordinates of the last curve drawn."""
+    return [tuple(map(float, p.split(","))) for p in re.findall(r'<polyline points="([^"]+)"', svg)[-1].split()]
+
+
+def test_curves_are_drawn_to_scale():
+    svg = chart("t", [Line("s", 0, [0, 5, 10], [0.0, 1.0, 4.0])])
+    (x0, y0), (x1, y1), (x2, y2) = points(svg)
+    assert x1 - x0 == pytest.approx(x2 - x1)
+    assert y0 - y2 == pytest.approx(4 * (y0 - y1), abs=0.3)
+    assert (x0, y0) == (LEFT, HEIGHT - BOTTOM)
+    assert (x2, y2) == (WIDTH - RIGHT, TOP)
+
+
+def test_long_curves_stay_small_and_keep_their_mean():
+    n = 50_000
+    svg = chart("t", [Line("s", 0, list(range(n)), [float(i % 2) for i in range(n)])], guide=1.0)
+    assert len(svg) < 60_000
+    heights = {y for _, y in points(svg)}
+    _, (_, half), _ = points(chart("t", [Line("s", 0, [0, 1, 2], [0.0, 0.5, 1.0])]))
+    # A fiftieth of the drawing's height; the raw curve would fill it.
+    assert max(heights) - min(heights) < HEIGHT / 50
+    assert abs(half - sum(heights) / len(heights)) < HEIGHT / 50
+
+
+@pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [-3.0, -3.0], [1e-9, 2e-9], [-1e6, 1e6]])
+def test_any_range_can_be_drawn(values):
+    svg = chart("t", [Line("s", 0, list(range(len(values))), values)])
+    assert "nan" not in svg
+    low, *_, high = ticks(min(values), max(values))
+    assert low <= min(values) <= max(values) <= high
