@@ -1,0 +1,186 @@
+"""What a run shows: with rich on a terminal one moving bar per stage, otherwise plain lines that suit a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+LINES_PER_STAGE = 5
+SECONDS_BETWEEN_LINES = 20.0
+SHOWN_METRICS = 4
+HEADLINES = ("loss", "accuracy", "scores", "kl", "win_rate", "entropy", "length", "grad_norm")
+
+
+class Progress(Protocol):
+    """One stage's bar."""
+
+    def start(self) -> None: ...
+    def step(self, done: int, metrics: Mapping[str, float]) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Console:
+    """Prints tables, samples and notes; hands out progress bars.
+
+    Args:
+        quiet: Print nothing at all.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.rich = None if quiet else _rich_console()
+
+    def progress(self, stage: str, total: int) -> Progress:
+        """A bar of `total` steps."""
+        if self.quiet:
+            return SilentProgress()
+        return RichProgress(self.rich, stage, total) if self.rich else PlainProgress(stage, total)
+
+    def note(self, text: str) -> None:
+        """Prints one line of text, as it is."""
+        if self.rich:
+            self.rich.print(text, markup=False, highlight=False)
+        elif not self.quiet:
+            print(text, flush=True)
+
+    def table(self, title: str, rows: Sequence[tuple[str, ...]]) -> None:
+        """Prints rows with aligned columns."""
+        if self.rich:
+            from rich.markup import escape
+            from rich.table import Table
+
+            table = Table(title=escape(title), title_justify="left", title_style="bold", show_header=False)
+            for row in rows:
+                table.add_row(*map(escape, row))
+            self.rich.print(table)
+        else:
+            self.note(plain_table(title, rows))
+
+    def samples(self, title: str, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Prints each sample as `name: value` lines."""
+        self.note(title)
+        for sample in samples:
+            width = max(map(len, sample), default=0)
+            lines = [f"  {name:>{width}}  {' '.join(show(value).split())}" for name, value in sample.items()]
+            self.note("\n".join([*lines, ""]))
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def start(self) -> None:
+        """Nothing."""
+
+    def step(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def stop(self) -> None:
+        """Nothing."""
+
+
+class PlainProgress:
+    """About five lines per stage, more when it is slow: readable in a log file, quiet in a pipe."""
+
+    def __init__(self, stage: str, total: int) -> None:
+        self.stage, self.total = stage, total
+
+    def start(self) -> None:
+        """Starts the clock."""
+        self.began = self.printed_at = time.monotonic()
+        self.printed = 0
+
+    def step(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Prints when a fifth of the stage or twenty seconds have passed."""
+        now = time.monotonic()
+        due = (done * LINES_PER_STAGE) // self.total > (self.printed * LINES_PER_STAGE) // self.total
+        if not due and done < self.total and now - self.printed_at < SECONDS_BETWEEN_LINES:
+            return
+        self.printed, self.printed_at = done, now
+        spent = now - self.began
+        left = f", {spent / done * (self.total - done):.0f} s left" if done < self.total else ""
+        count = f"{done:>{len(str(self.total))}}/{self.total}"
+        print(f"{self.stage}  {count}  {headline(metrics)}  ({spent:.0f} s{left})", flush=True)
+
+    def stop(self) -> None:
+        """Nothing to clean up."""
+
+
+class RichProgress:
+    """A moving bar with the latest metrics beside it."""
+
+    def __init__(self, console: Any, stage: str, total: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        name = TextColumn("{task.fields[stage]}", style="bold", markup=False)
+        latest = TextColumn("{task.fields[latest]}", style="dim", markup=False)
+        self.bar = Progress(
+            name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True), latest,
+            console=console,
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=total, stage=stage, latest="")
+
+    def start(self) -> None:
+        """Shows the bar."""
+        self.bar.start()
+
+    def step(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Moves the bar."""
+        self.bar.update(self.task, completed=done, latest=headline(metrics))
+
+    def stop(self) -> None:
+        """Leaves the bar on the screen and gives the terminal back, after an error too."""
+        self.bar.stop()
+
+
+def plain_name(metric: str) -> str:
+    """A metric's name without its group and without the word for its average.
+
+    >>> plain_name("policy/entropy_avg"), plain_name("objective/kl")
+    ('entropy', 'kl')
+    """
+    return metric.split("/")[-1].removesuffix("_avg").removesuffix("_mean").removeprefix("mean_")
+
+
+def headline(metrics: Mapping[str, float]) -> str:
+    """The few metrics that tell how it goes, in short.
+
+    >>> headline({"lr": 0.1, "policy/entropy_avg": 0.5, "loss": 1.23456})
+    'loss 1.235  entropy 0.5  lr 0.1'
+    """
+    named: dict[str, float] = {}
+    for name, value in metrics.items():
+        named.setdefault(plain_name(name), value)
+    ordered = sorted(named, key=lambda name: HEADLINES.index(name) if name in HEADLINES else len(HEADLINES))
+    return "  ".join(f"{name} {named[name]:.4g}" for name in ordered[:SHOWN_METRICS])
+
+
+def show(value: Any) -> str:
+    """A value as people read it: floats in four digits, text as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plain_table(title: str, rows: Sequence[tuple[str, ...]]) -> str:
+    """Aligned columns without any line drawing.
+
+    >>> print(plain_table("sft", [("loss", "1.2"), ("exact match", "0.5 ± 0.1")]))
+    sft
+      loss         1.2
+      exact match  0.5 ± 0.1
+    """
+    columns = max(map(len, rows), default=0)
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(columns)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    return "\n".join([title, *(f"  {line}" for line in lines)])
+
+
+def _rich_console() -> Any:
+    """rich's console where there is a terminal to draw on and rich to draw with."""
+    if not sys.stdout.isatty():
+        return None
+    try:
+        from rich.console import Console as RichConsole
+    except ImportError:
+        return None
+    return RichConsole()

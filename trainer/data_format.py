@@ -1,0 +1,236 @@
+"""From the field names people use to the three kinds of record the stages train on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from os.path import commonprefix
+from typing import Any
+
+Record = dict[str, Any]
+Message = Mapping[str, Any]
+Render = Callable[[Sequence[Message]], str]
+
+PROMPT_FIELDS = ("prompt", "question", "instruction")
+RESPONSE_FIELDS = ("response", "completion", "output", "answer")
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+EMPTY = "an empty reply (a model trained on it would learn to say nothing)"
+IDENTICAL = "identical replies, one preferred to the other (there is no preference to learn)"
+TIED = "the same rank for every reply (there is no preference to learn)"
+
+
+class Unusable(Exception):
+    """A well-formed row that has nothing to teach; its text is one of EMPTY, IDENTICAL, TIED."""
+
+
+def render_turns(messages: Sequence[Message]) -> str:
+    r"""Writes a conversation as plain turns and opens the assistant's next one.
+
+    Args:
+        messages: Dictionaries with `role` (system, user or assistant) and `content`.
+
+    Returns:
+        The prompt; a reply to it starts with a space.
+
+    >>> render_turns([{"role": "user", "content": "Hello?"}])
+    '\n\nHuman: Hello?\n\nAssistant:'
+    """
+    label = {"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} ", "system": ""}
+    return "".join(label[m["role"]] + m["content"] for m in messages) + ASSISTANT
+
+
+def demonstration(row: Record, render: Render = render_turns) -> Record:
+    """`{"prompt", "response"}` from prompt and response, a conversation, a transcript, or the chosen one of a pair.
+
+    Args:
+        row: One parsed line.
+        render: Turns the messages before the reply into a prompt (a tokenizer's chat template, say).
+
+    Raises:
+        ValueError: A field is missing or has the wrong type; the message names it.
+        Unusable: The reply is empty.
+    """
+    if "messages" in row:
+        prompt, response = _split_messages(row["messages"], "messages", render)
+    elif "chosen" in row:
+        prompt, response = _side(row, "chosen", render)
+    elif "text" in row and not _first(row, PROMPT_FIELDS):
+        prompt, response = _split_transcript(_text(row, "text"), "text")
+    else:
+        prompt = _prompt(row, render)
+        response = _reply(row, _need(row, RESPONSE_FIELDS, "response"), render)
+    if not response.strip():
+        raise Unusable(EMPTY)
+    return {"prompt": prompt, "response": response}
+
+
+def ranked(row: Record, render: Render = render_turns) -> Record:
+    """`{"prompt", "responses", "ranks"}`, lower rank is better, from a pair or from K ranked replies.
+
+    Args:
+        row: One parsed line.
+        render: As in `demonstration`.
+
+    Raises:
+        ValueError: A field is missing or has the wrong type; the message names it.
+        Unusable: A reply is empty, two replies of different rank are identical, or all ranks tie.
+    """
+    if "responses" in row:
+        prompt, responses, ranks = _prompt(row, render), _responses(row), _ranks(row)
+        if len(responses) != len(ranks):
+            raise ValueError(f"{len(responses)} responses but {len(ranks)} ranks")
+    else:
+        prompt, *responses = _pair(row, render)
+        ranks = [0, 1]
+    if not all(r.strip() for r in responses):
+        raise Unusable(EMPTY)
+    if len(set(ranks)) == 1:
+        raise Unusable(TIED)
+    if len(set(responses)) < len(set(zip(responses, ranks, strict=True))):
+        raise Unusable(IDENTICAL)
+    return {"prompt": prompt, "responses": responses, "ranks": ranks}
+
+
+def prompt_only(row: Record, render: Render = render_turns) -> Record:
+    """`{"prompt", "extra"}`; `extra` holds every other field, for reward functions (an expected answer, say).
+
+    Raises:
+        ValueError: There is no prompt, or it is not text.
+    """
+    if field := _first(row, PROMPT_FIELDS):
+        prompt, used = _prompt(row, render), {field, "input"} if field == "instruction" else {field}
+    elif "messages" in row:
+        messages = _messages(row["messages"], "messages")
+        prompt, used = render(messages[:-1] if messages[-1]["role"] == "assistant" else messages), {"messages"}
+    elif "chosen" in row:
+        prompt, used = _pair(row, render)[0], {"chosen", "rejected"}
+    else:
+        raise ValueError(f"no prompt: want one of {', '.join(PROMPT_FIELDS)}, messages; found {_found(row)}")
+    return {"prompt": prompt, "extra": {k: v for k, v in row.items() if k not in used}}
+
+
+def _pair(row: Record, render: Render) -> tuple[str, str, str]:
+    """Prompt, chosen, rejected; whole transcripts are parted at the last assistant turn that both open alike."""
+    for field in ("chosen", "rejected"):
+        _need(row, (field,), field)
+    if isinstance(row["chosen"], list) or _first(row, PROMPT_FIELDS):
+        (prompt, chosen), (other, rejected) = _side(row, "chosen", render), _side(row, "rejected", render)
+        if prompt != other:
+            raise ValueError("chosen and rejected answer different conversations")
+        return prompt, chosen, rejected
+    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    common = commonprefix([chosen, rejected])  # noqa: RUF071 (characters, not path components, are meant)
+    prompt, _ = _split_transcript(common, "the common part of chosen and rejected")
+    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+
+
+def _side(row: Record, field: str, render: Render) -> tuple[str, str]:
+    """One side of a pair as (prompt, reply), whether the side holds the reply alone or everything before it too."""
+    value = row[field]
+    if isinstance(value, list) and _messages(value, field)[0]["role"] != "assistant":
+        return _split_messages(value, field, render)
+    if isinstance(value, list) or _first(row, PROMPT_FIELDS):
+        return _prompt(row, render), _reply(row, field, render)
+    return _split_transcript(_text(row, field), field)
+
+
+def _split_transcript(text: str, field: str) -> tuple[str, str]:
+    r"""Cuts behind the last `\n\nAssistant:`, so that prompt + reply is the transcript, character for character."""
+    cut = text.rfind(ASSISTANT)
+    if cut < 0:
+        raise ValueError(f"no prompt field, and {field} holds no {ASSISTANT!r} turn to split at")
+    return text[: cut + len(ASSISTANT)], text[cut + len(ASSISTANT) :]
+
+
+def _split_messages(value: Any, field: str, render: Render) -> tuple[str, str]:
+    messages = _messages(value, field)
+    if messages[-1]["role"] != "assistant" or len(messages) < 2:
+        raise ValueError(f"{field} must end with an assistant's reply to something")
+    return render(messages[:-1]), _lead(render) + messages[-1]["content"]
+
+
+def _messages(value: Any, field: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{field} must be a list of messages, got {_kind(value)}")
+    for message in value:
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            raise ValueError(f"{field}: every message needs a role (system, user or assistant) and content")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"{field}: content must be text, got {_kind(message.get('content'))}")
+    return value
+
+
+def _prompt(row: Record, render: Render) -> str:
+    field = _need(row, PROMPT_FIELDS, "prompt")
+    if isinstance(row[field], list):
+        return render(_messages(row[field], field))
+    prompt = _text(row, field)
+    if field == "instruction" and row.get("input"):
+        prompt += "\n\n" + _text(row, "input")
+    if not prompt.strip():
+        raise ValueError(f"{field} is empty")
+    return prompt
+
+
+def _reply(row: Record, field: str, render: Render) -> str:
+    if not isinstance(row[field], list):
+        return _text(row, field)
+    messages = _messages(row[field], field)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise ValueError(f"{field} must be one assistant message")
+    return _lead(render) + messages[0]["content"]
+
+
+def _lead(render: Render) -> str:
+    """Our own turns leave the space before the reply to the reply, as transcripts do; templates bring their own."""
+    return " " if render is render_turns else ""
+
+
+def _responses(row: Record) -> list[str]:
+    value = row["responses"]
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(r, str) for r in value):
+        raise ValueError(f"responses must be a list of two or more texts, got {_kind(value)}")
+    return value
+
+
+def _ranks(row: Record) -> list[float]:
+    field = _need(row, ("ranks", "correct"), "ranks")
+    value = row[field]
+    if field == "correct":
+        if not isinstance(value, list) or not all(c in (True, False) for c in value):
+            raise ValueError(f"correct must be a list of true and false, got {_kind(value)}")
+        return [0 if c else 1 for c in value]
+    if not isinstance(value, list) or not all(_is_rank(r) for r in value):
+        raise ValueError(f"ranks must be a list of finite numbers (lower is better), got {_kind(value)}")
+    return value
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _first(row: Record, fields: Sequence[str]) -> str | None:
+    return next((f for f in fields if f in row), None)
+
+
+def _need(row: Record, fields: Sequence[str], what: str) -> str:
+    if field := _first(row, fields):
+        return field
+    names = fields[0] if len(fields) == 1 else f"one of {', '.join(fields)}"
+    raise ValueError(f"no {what}: want {names}; found {_found(row)}")
+
+
+def _text(row: Record, field: str) -> str:
+    if not isinstance(row[field], str):
+        raise ValueError(f"{field} must be text, got {_kind(row[field])}")
+    return row[field]
+
+
+def _found(row: Record) -> str:
+    return ", ".join(sorted(row)) or "no fields at all"
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", dict: "an object", bool: "a boolean", int: "a number", float: "a number"}
+    return f"a list of {len(value)}" if isinstance(value, list) else names.get(type(value), f"{value!r:.40}")

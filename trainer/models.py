@@ -1,0 +1,218 @@
+"""Causal language models seen as a backbone and a head, and the same backbone with a scalar head.
+
+No forward here makes logits: [N, H] hidden states go to the library, which meets the head.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+import rlhf_kernels as rk
+from trainer.attention import NAME
+from trainer.packing import Packed, Sample, pack
+
+disable_progress_bar()  # loading a tiny model is not news, and the stages have a bar of their own
+
+
+def _hidden(backbone: nn.Module, packed: Packed) -> Tensor:
+    """Last hidden states of packed sequences, [N, H]."""
+    cu, longest = packed.cu_seqlens, max(packed.lengths)
+    # use_cache=False and no mask: with either, transformers would attend across sequences.
+    out = backbone(
+        input_ids=packed.input_ids[None], position_ids=packed.position_ids[None], use_cache=False,
+        cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=longest, max_length_k=longest,
+    )  # fmt: skip
+    return out.last_hidden_state[0]
+
+
+class Policy(nn.Module):
+    """A causal language model of transformers with a plain linear head."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        # Dropout would make the policy differ from itself between sampling and training; eval() stays on for good.
+        self.model.eval()
+        self.model.config.use_cache = False
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model.base_model
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of the head, [V, H]."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The head's options for the library."""
+        config = self.model.config
+        options: dict[str, Any] = {"bias": self.model.get_output_embeddings().bias}
+        softcap = getattr(config, "final_logit_softcapping", None)
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        return options | ({"softcap": softcap} if softcap else {}) | ({"logit_scale": scale} if scale != 1.0 else {})
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """[N, H], aligned with ``packed.targets``."""
+        return _hidden(self.backbone, packed)
+
+    def stats(self, packed: Packed, temperature: float = 1.0) -> Any:
+        """Log-probability and entropy of each target, by the same forward that training uses."""
+        return rk.token_stats(self.hidden(packed), self.weight, packed.targets, temperature=temperature, **self.head)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits of a few rows, for the sampler. [n, H] to [n, V]."""
+        options = self.head
+        z = nn.functional.linear(hidden, self.weight, options["bias"]).float() * options.get("logit_scale", 1.0)
+        softcap = options.get("softcap")
+        return softcap * torch.tanh(z / softcap) if softcap else z
+
+    def save(self, path: Path | str) -> None:
+        """Writes safetensors, config.json and the tokenizer, or nothing at all."""
+        _save_aside(Path(path), self.model, self.tokenizer)
+
+
+class ScalarModel(nn.Module):
+    """A backbone with one number per token: a reward model reads it at the last token, a value model everywhere.
+
+    On disk it is an ordinary sequence classifier with one label. ``reward_mean`` and ``reward_std`` of its config are
+    the statistics of raw scores under the policy that it judges.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.model.eval()
+        self.model.config.use_cache = False
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model.base_model
+
+    @property
+    def head(self) -> nn.Linear:
+        prefix = self.model.base_model_prefix + "."
+        heads = [m for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(prefix)]
+        if len(heads) != 1 or heads[0].out_features != 1:
+            raise ValueError(f"model: want one linear head with one output, got {heads}")
+        return heads[0]
+
+    def values(self, packed: Packed) -> Tensor:
+        """[N] float32, one per row."""
+        return self.head(_hidden(self.backbone, packed)).squeeze(-1).float()
+
+    def raw_scores(self, packed: Packed) -> Tensor:
+        """[S] float32, read at the last token of each sequence."""
+        return self.head(_hidden(self.backbone, packed)[packed.last_rows]).squeeze(-1).float()
+
+    def scores(self, packed: Packed) -> Tensor:
+        """[S] float32 with mean 0 and standard deviation 1 under the policy of ``set_statistics``."""
+        config = self.model.config
+        return (self.raw_scores(packed) - getattr(config, "reward_mean", 0.0)) / getattr(config, "reward_std", 1.0)
+
+    def set_statistics(self, raw: Tensor) -> None:
+        """Stores mean and standard deviation of raw scores, [n], that stand for the policy to be judged."""
+        self.model.config.reward_mean = float(raw.mean())
+        self.model.config.reward_std = max(float(raw.std(unbiased=False)), 1e-6)
+
+    def save(self, path: Path | str) -> None:
+        """Writes safetensors, config.json and the tokenizer, or nothing at all."""
+        _save_aside(Path(path), self.model, self.tokenizer)
+
+
+def resolve(path: str) -> str:
+    """A run folder stands for the model in it; anything else for itself."""
+    inside = Path(path) / "model"
+    return str(inside) if (inside / "config.json").exists() else path
+
+
+def load_policy(path: str) -> Policy:
+    """A local directory or hub id. Weights in float32; code from the hub is never run.
+
+    Raises:
+        ValueError: If the head is not a plain linear one, the tokenizer has no end of sequence, or packed sequences
+            do not give the hidden states that they give alone.
+    """
+    path = resolve(path)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME, dtype=torch.float32)
+    policy = Policy(model, AutoTokenizer.from_pretrained(path))
+    _check(policy, path)
+    return policy
+
+
+def load_scalar(path: str, generator: torch.Generator | None = None) -> ScalarModel:
+    """A saved reward or value model, or a new one on the backbone of a causal language model at ``path``."""
+    path = resolve(path)
+    config = AutoConfig.from_pretrained(path)
+    if not any("SequenceClassification" in a for a in config.architectures or []):
+        return scalar_from(load_policy(path), generator)
+    model = AutoModelForSequenceClassification.from_pretrained(path, attn_implementation=NAME, dtype=torch.float32)
+    return ScalarModel(model, AutoTokenizer.from_pretrained(path))
+
+
+def scalar_from(policy: Policy, generator: torch.Generator | None = None) -> ScalarModel:
+    """A scalar model on a copy of the policy's backbone; the head is normal with deviation 1 / sqrt(H + 1)."""
+    config = copy.deepcopy(policy.model.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=NAME)
+    setattr(model, model.base_model_prefix, copy.deepcopy(policy.backbone))
+    scalar = ScalarModel(model, policy.tokenizer)
+    for name, module in model.named_modules():
+        if module is scalar.head:
+            fresh = nn.Linear(module.in_features, 1, bias=False, device=policy.weight.device)
+            nn.init.normal_(fresh.weight, std=(module.in_features + 1) ** -0.5, generator=generator)
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], fresh)
+            break
+    return scalar
+
+
+def frozen(policy: Policy) -> Policy:
+    """A copy that takes no gradients."""
+    return copy.deepcopy(policy).requires_grad_(False)
+
+
+@torch.no_grad()
+def _check(policy: Policy, path: str) -> None:
+    """Tries what would otherwise fail in silence: heads with hidden extras, attention that leaks between sequences."""
+    if policy.tokenizer.eos_token_id is None:
+        raise ValueError(f"model: the tokenizer of {path} has no end-of-sequence token, which every response needs")
+    if not isinstance(policy.model.get_output_embeddings(), nn.Linear):
+        raise ValueError(f"model: want a plain linear head, {path} has {policy.model.get_output_embeddings()}")
+    kind, device = type(policy.model).__name__, policy.weight.device
+    samples = [Sample([0, 1, 2, 3], 1), Sample([3, 2, 1, 0], 1)]
+    together = policy.hidden(pack(samples, device))
+    for sample, mine in zip(samples, together.split(4), strict=True):
+        if not torch.allclose(mine, policy.hidden(pack([sample], device)), rtol=1e-3, atol=1e-3):
+            raise ValueError(f"model: the attention of {kind} at {path} does not keep packed sequences apart")
+        theirs = policy.model(input_ids=torch.tensor([sample.tokens], device=device), use_cache=False).logits[0]
+        if not torch.allclose(policy.logits(mine), theirs.float(), rtol=1e-3, atol=1e-3):
+            raise ValueError(f"model: want a plain linear head, {kind} at {path} does more to its logits")
+
+
+def _save_aside(path: Path, model: Any, tokenizer: Any) -> None:
+    """Writes next to ``path`` and renames, so that a reader finds the old model or the new one and never a half."""
+    aside, old = path.with_name(path.name + ".saving"), path.with_name(path.name + ".old")
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    for file in aside.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if path.exists():
+        path.rename(old)
+    aside.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,114 @@
+"""A small cached sampler. It hands out token ids, integer lengths and a truncation flag, and no text decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from trainer.models import Policy
+from trainer.packing import Packed, Sample, pack
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the sampler did, in the order of the prompts."""
+
+    samples: list[Sample]
+    truncated: list[bool]  # stopped by the length limit, not by the end-of-sequence token
+    sampler_logp: list[list[float]]  # per response token, as the sampler saw it
+
+    def response(self, i: int) -> list[int]:
+        """Tokens of response i, its end-of-sequence token included where there is one."""
+        return self.samples[i].tokens[self.samples[i].prompt_length :]
+
+    def pack(self, device: torch.device | str) -> Packed:
+        return pack(self.samples, device)
+
+    def sampler_delta(self, packed: Packed, logp: Tensor) -> float:
+        """Largest difference between the sampler's log-probabilities and those of the training forward, [N]."""
+        mine = torch.tensor([x for logps in self.sampler_logp for x in logps])
+        return float((logp[packed.mask].cpu() - mine).abs().max())
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    batch_size: int = 512,
+) -> Rollout:
+    """Samples one response per prompt from the full distribution; there is no top-k or top-p to bias a ratio.
+
+    Args:
+        policy: Its tokenizer names the end-of-sequence token.
+        prompts: Token ids, none of them empty.
+        max_new_tokens: A response that has not ended by then is truncated.
+        generator: Source of randomness, on the policy's device.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        batch_size: Prompts in flight together. Prompts of similar length share a batch.
+    """
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError("prompts: want at least one, and none of them empty")
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    responses: list[list[int]] = [[] for _ in prompts]
+    logps: list[list[float]] = [[] for _ in prompts]
+    for at in range(0, len(order), batch_size):
+        chunk = order[at : at + batch_size]
+        tokens, chosen = _continue(policy, [prompts[i] for i in chunk], max_new_tokens, generator, temperature)
+        eos = policy.tokenizer.eos_token_id
+        for i, row, logp in zip(chunk, tokens.tolist(), chosen.tolist(), strict=True):
+            length = row.index(eos) + 1 if eos in row else len(row)
+            responses[i], logps[i] = row[:length], logp[:length]
+    samples = [Sample(list(p) + r, len(p)) for p, r in zip(prompts, responses, strict=True)]
+    truncated = [r[-1] != policy.tokenizer.eos_token_id for r in responses]
+    return Rollout(samples, truncated, logps)
+
+
+def _continue(
+    policy: Policy, prompts: list[list[int]], max_new_tokens: int, generator: torch.Generator, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Responses [B, T] (end-of-sequence beyond their end) and log-probabilities [B, T]."""
+    device, eos = policy.weight.device, policy.tokenizer.eos_token_id
+    longest = max(map(len, prompts))
+    pad = torch.tensor([longest - len(p) for p in prompts], device=device)
+    ids = torch.tensor([[eos] * (longest - len(p)) + p for p in prompts], device=device)
+    # Padding is known from lengths. Without any there is no mask, and attention is cheaper.
+    windowed = getattr(policy.model.config, "sliding_window", None) is not None
+    mask = torch.arange(longest, device=device) >= pad[:, None] if windowed or bool(pad.any()) else None
+    position = (torch.arange(longest, device=device) - pad[:, None]).clamp(min=0)
+
+    out = torch.full((len(prompts), max_new_tokens), eos, device=device)
+    logp = torch.zeros(len(prompts), max_new_tokens, device=device)
+    alive = torch.arange(len(prompts), device=device)  # rows that are still being written
+    cache = DynamicCache(config=policy.model.config)
+    for t in range(max_new_tokens):
+        hidden = policy.backbone(
+            input_ids=ids, position_ids=position, attention_mask=mask, past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        scores = torch.log_softmax(policy.logits(hidden) / (temperature or 1.0), -1)
+        if temperature == 0:
+            token = scores.argmax(-1, keepdim=True)
+        else:
+            token = torch.multinomial(scores.exp(), 1, generator=generator)
+        out[alive, t] = token.squeeze(1)
+        logp[alive, t] = scores.gather(1, token).squeeze(1)
+        ids, position = token, position[:, -1:] + 1
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        going = token.squeeze(1) != eos
+        count = int(going.sum())
+        if count == 0:
+            break
+        if count <= 0.75 * len(alive):  # finished rows are carried along until enough of them are worth a copy
+            keep = going.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            alive, ids, position = alive[keep], ids[keep], position[keep]
+            mask = None if mask is None else mask[keep]
+    return out, logp

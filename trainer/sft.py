@@ -1,0 +1,95 @@
+"""Supervised fine-tuning on demonstrations: the mean negative log-probability of response tokens.
+
+Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3.1 step 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rlhf_kernels as rk
+from trainer import data
+from trainer.log import RunLog
+from trainer.models import Policy
+from trainer.packing import Packed, Sample, pack, split
+from trainer.stage import Optimizer, StageConfig, autocast, policy_for, prepare, shuffled
+from trainer.text import encode_pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on {"prompt", "response"} records."""
+
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over the whole vocabulary."""
+    z_loss: float = 0.0
+    """Weight of the squared log-sum-exp of the logits."""
+    eval_data: Path | None = None
+    """Held-out demonstrations, for the table at the end."""
+
+
+def loss(cfg: SFTConfig, policy: Policy, batch: Packed, num_tokens: int) -> rk.LossOutput:
+    """Loss of one micro-batch under the number of target tokens of the whole step."""
+    return rk.sft_loss(
+        policy.hidden(batch), policy.weight, batch.targets,
+        label_smoothing=cfg.label_smoothing, z_loss=cfg.z_loss, num_tokens=num_tokens, **policy.head,
+    )  # fmt: skip
+
+
+def micro_batches(samples: Sequence[Sample], max_tokens: int, device: torch.device | str) -> list[Packed]:
+    """Packs of at most ``max_tokens`` tokens."""
+    parts = split([len(s.tokens) for s in samples], max_tokens)
+    return [pack([samples[i] for i in part], device) for part in parts]
+
+
+def held_out_loss(policy: Policy, samples: Sequence[Sample], max_tokens: int) -> float:
+    """Mean negative log-probability of the response tokens, in nats."""
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in micro_batches(samples, max_tokens, policy.weight.device):
+            total -= float(policy.stats(batch).logp.sum())
+            count += int(batch.mask.sum())
+    return total / max(count, 1)
+
+
+def train(cfg: SFTConfig, log: RunLog | None = None) -> Policy:
+    """Trains a policy and saves it in ``cfg.out / "model"``."""
+    device = prepare(cfg)
+    own, log = log is None, log or RunLog(cfg.out, quiet=cfg.quiet)
+    records = data.read(cfg.data, "demonstrations", note=log.note)
+    policy = policy_for(cfg, [r["prompt"] + " " + r["response"] for r in records], device)
+    samples = samples_of(cfg, policy, records)
+    optimizer = Optimizer(cfg, policy, cfg.steps)
+    metrics: dict[str, float] = {}
+    with log.start("sft", cfg.steps) as bar:
+        for indices in islice(shuffled(len(samples), cfg.batch_size, cfg.seed), cfg.steps):
+            batches = micro_batches([samples[i] for i in indices], cfg.max_tokens, device)
+            tokens = [int(b.mask.sum()) for b in batches]
+
+            def step_loss(batch: Packed, num_tokens: int = sum(tokens)) -> rk.LossOutput:
+                with autocast(cfg, device):
+                    return loss(cfg, policy, batch, num_tokens)
+
+            metrics = optimizer.step(batches, step_loss, tokens)
+            bar.step(metrics)
+    result = {"demonstrations": float(len(samples)), "last_loss": metrics["loss"]}
+    if cfg.eval_data is not None:
+        held_out = samples_of(cfg, policy, data.read(cfg.eval_data, "demonstrations", note=log.note))
+        result["held_out_loss"] = held_out_loss(policy, held_out, cfg.max_tokens)
+    log.table("Supervised fine-tuning", [(k.replace("_", " "), f"{v:.5g}") for k, v in result.items()])
+    policy.save(cfg.out / "model")
+    if own:
+        log.summary({"sft": result})
+    return policy
+
+
+def samples_of(cfg: SFTConfig, policy: Policy, records: Sequence[dict[str, Any]]) -> list[Sample]:
+    """Demonstrations as token sequences."""
+    prompts, responses = [r["prompt"] for r in records], [r["response"] for r in records]
+    return encode_pairs(policy.tokenizer, prompts, responses, cfg.max_length)

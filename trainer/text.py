@@ -1,0 +1,60 @@
+"""From strings to token ids and back. Prompt and response are encoded apart and joined as tokens, never as strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.packing import Sample
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids without special tokens."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token ids of prompts, cut on the left.
+
+    Raises:
+        ValueError: If a prompt has no tokens.
+    """
+    # Having a begin-of-sequence token and wanting one are two things; the empty text shows what the model was fed.
+    start = [t for t in tokenizer("")["input_ids"][:1] if t == tokenizer.bos_token_id]
+    encoded = [start + ids[-max(max_length - len(start), 1) :] for ids in encode(tokenizer, prompts)]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise ValueError(f"data: prompt {prompt!r} has no tokens")
+    return encoded
+
+
+def encode_pairs(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    max_length: int,
+    ended: Sequence[bool] | None = None,
+) -> list[Sample]:
+    """Prompt, response and end-of-sequence token, at most ``max_length`` tokens in all.
+
+    A prompt keeps at most half of the room, from its end; a response that does not fit loses its end and with it the
+    end-of-sequence token, because a cut text did not end.
+
+    Args:
+        tokenizer: Of the model that will read them.
+        prompts: Texts.
+        responses: One text per prompt.
+        max_length: Tokens per sample.
+        ended: Whether each response ended by itself; None is all of them.
+    """
+    heads = encode_prompts(tokenizer, prompts, max(max_length // 2, 1))
+    samples = []
+    for i, (head, body) in enumerate(zip(heads, encode(tokenizer, responses), strict=True)):
+        tail = [*body, tokenizer.eos_token_id] if ended is None or ended[i] else body
+        samples.append(Sample((head + tail)[:max_length], len(head)))
+    return samples
+
+
+def decode(tokenizer: Any, tokens: Sequence[Sequence[int]]) -> list[str]:
+    """Texts without special tokens."""
+    return tokenizer.batch_decode([list(t) for t in tokens], skip_special_tokens=True)
