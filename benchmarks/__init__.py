@@ -1,0 +1,1 @@
+"""Side-by-side measurements: `python -m benchmarks.side_by_side` from a checkout."""

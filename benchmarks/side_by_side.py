@@ -1,0 +1,157 @@
+"""This library beside its peers on a CPU: time, memory and error of each, in one process and in turns.
+
+    python -m benchmarks.side_by_side                # every op at the small shape, train and score at the large one
+    python -m benchmarks.side_by_side --quick        # the small shape only
+    python -m benchmarks.side_by_side --full         # every op at both shapes, with memory
+    python -m benchmarks.side_by_side --full --shape large --dtype fp32 --only dpo --out dpo.json    # a part of that
+
+Markdown to stdout, everything to --out; benchmarks.report prints several such files together. Leave the machine alone
+while it runs: on two cores ten minutes, half an hour with --full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import gae, memory, report
+from benchmarks.cases import DTYPES, HEAD_OPS, SHAPES, Batch, draw, for_op
+from benchmarks.contenders import Contender, contenders, without
+from benchmarks.measure import Judge, Row, brief, table
+from benchmarks.objectives import LOSSES
+from benchmarks.truth import Expected, Result, Truth, errors_of, expect, verdict
+
+OPS = (*HEAD_OPS, "gae")
+REPLIES = {"tiny": (4, 300)}  # replies x tokens of gae; every other shape has the real one
+REAL_REPLIES = (128, 4096)
+LONG_OPS = {"grpo", "dpo", "sparse", "sparse_kept"}  # minutes each at the large shape: there only on request
+MEMORY_OPS = {"none": (), "train": ("train",), "all": ("train", "score", "grpo", "dpo", "sparse")}
+
+
+def judge_for(op: str, batch: Batch, truth: Truth, ref_truth: Truth | None) -> tuple[Judge, float | None]:
+    """Who holds results of an op to the truth, and the share of the kept rows that have no gradient."""
+    expected: Expected | None = None
+    if op in LOSSES:
+        ref_logp = None if ref_truth is None else ref_truth.logp
+        head = (batch.hidden, batch.weight, batch.targets)
+        expected = expect(lambda logp: LOSSES[op](logp, ref_logp, batch), truth, *head, batch.kept)
+
+    def judge(result: Result) -> tuple[dict[str, float], str]:
+        errors = errors_of(result, truth, expected, batch.kept)
+        return errors, verdict(errors, batch.hidden.dtype, truth.largest_logit)
+
+    return judge, None if expected is None else expected.zero_rows
+
+
+def compare(
+    op: str, batch: Batch, truth: Truth, ref_truth: Truth | None, entrants: Sequence[Contender], *,
+    seconds: float, rounds: int | None = None,
+) -> list[Row]:  # fmt: skip
+    """Rows of one table: these contenders on this batch, judged by the truth about it."""
+    judge, zero_rows = judge_for(op, batch, truth, ref_truth)
+    rows = table(entrants, batch, judge, seconds=seconds, rounds=rounds)
+    return rows if zero_rows is None else [row | {"zero_gradient_rows": zero_rows} for row in rows]
+
+
+def compare_gae(shape: str, skip: Sequence[str], *, seconds: float, rounds: int | None = None) -> list[Row]:
+    """Rows of the table of advantages."""
+    size = REPLIES.get(shape, REAL_REPLIES)
+    batch = gae.Replies.draw(*size)
+
+    def judge(found: gae.Pair) -> tuple[dict[str, float], str]:
+        errors = gae.errors_of(found, batch)
+        return errors, gae.verdict(errors)
+
+    rows = table(without(gae.CONTENDERS, skip), batch, judge, seconds=seconds, rounds=rounds)
+    return [row | {"op": "gae", "shape": "x".join(map(str, size)), "dtype": "fp32"} for row in rows]
+
+
+def _measure_memory(rows: list[Row], op: str, batch: Batch, given: argparse.Namespace) -> None:
+    """Fill in ``extra_bytes``, each contender in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "batch.pt"))
+        batch.save(path)
+        for row in rows:
+            if row["side"] == "floor" or row["verdict"] != "ok":
+                continue
+            try:
+                row["extra_bytes"] = memory.extra_bytes(path, op, row["contender"], given.threads, given.max_bytes)
+            except (RuntimeError, OSError) as error:
+                row["verdict"] = f"ok; memory unknown: {brief(error)}"
+
+
+def _plan(given: argparse.Namespace) -> Iterator[tuple[str, str, list[str]]]:
+    """(shape, dtype, ops) of the tables to make."""
+    for shape in [given.shape] if given.shape else ["small"] if given.quick else ["small", "large"]:
+        for dtype in [given.dtype] if given.dtype else list(DTYPES):
+            left_out = LONG_OPS if shape == "large" and not given.full else set()
+            wanted = given.only or [op for op in HEAD_OPS if op not in left_out]
+            yield shape, dtype, [op for op in wanted if op in HEAD_OPS]
+
+
+def run(given: argparse.Namespace) -> Iterator[list[Row]]:
+    """The tables one by one."""
+    for shape, dtype, ops in _plan(given):
+        if not ops:
+            continue
+        base, truth = draw(SHAPES[shape], DTYPES[dtype])
+        for op in ops:
+            batch, ref_truth = for_op(op, base, truth)
+            entrants = without(contenders(op, given.max_bytes), given.skip)
+            rows = compare(op, batch, truth, ref_truth, entrants, seconds=given.seconds, rounds=given.rounds)
+            if op in MEMORY_OPS[given.memory]:
+                _measure_memory(rows, op, batch, given)
+            yield [row | {"op": op, "shape": str(SHAPES[shape]), "dtype": dtype} for row in rows]
+    if not given.only or "gae" in given.only:
+        yield compare_gae(given.shape or "large", given.skip, seconds=given.seconds, rounds=given.rounds)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="the small shape only, few rounds")
+    size.add_argument("--full", action="store_true", help="every op at both shapes, more rounds, memory")
+    parser.add_argument("--only", action="append", choices=OPS, help="this op only; may be repeated")
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--skip", action="append", default=[], help="leave out contenders whose name contains this")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, help="instead of as many as fit --seconds, at least 3")
+    parser.add_argument("--seconds", type=float, help="time for the rounds of one table")
+    parser.add_argument("--memory", choices=MEMORY_OPS, help="peak memory of these ops, a process a contender")
+    parser.add_argument("--max-bytes", type=int, help="our byte budget; the default is the library's")
+    parser.add_argument("--out", type=Path, help="JSON")
+    given = parser.parse_args(argv)
+    given.seconds = given.seconds or (3.0 if given.quick else 20.0 if given.full else 8.0)
+    given.memory = given.memory or ("all" if given.full else "none")
+    return given
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    given = _arguments(argv)
+    torch.set_num_threads(given.threads)
+    environment = report.environment(given.threads, given.max_bytes)
+    print(report.heading(environment), end="\n\n", flush=True)
+    rows: list[Row] = []
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as empty:
+        # nothing compiled in an earlier run may shorten a first call
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", empty)
+        for group in run(given):
+            print(report.markdown(group), end="\n\n", flush=True)
+            rows += group
+            if given.out:
+                given.out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    print(f"{len(rows)} rows in {time.monotonic() - start:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
