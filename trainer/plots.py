@@ -89,7 +89,7 @@ def ticks(low: float, high: float, about: int = 4, *, whole: bool = False) -> li
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
     step = max(1.0, round(step)) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, max(last, first + 1) + 1)]
 
 
 def _grid(frame: Frame, y_ticks: Sequence[float], x_ticks: Sequence[float]) -> str:
