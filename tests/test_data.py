@@ -201,7 +201,7 @@ def test_gzip_is_known_by_content(tmp_path):
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
         ("a.jsonl.gz", b'{"prompt": "p", "response": "r"}', "not a gzip file.*rename it to a.jsonl"),
         ("a.jsonl.gz", gzip.compress(bytes(range(256)) * 99)[:200], "damaged gzip file"),
-        ("a.jsonl.gz", gzip.compress(b""), "is empty"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b'[{"prompt": "p"}]', "one JSON array"),
         ("a.jsonl", "{}".encode("utf-16"), "UTF-16"),
