@@ -2,34 +2,42 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-READY := $(VENV)/.ready
+TRAIN := $(VENV)/.ready-train
+TEST := $(VENV)/.ready-test
+INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # libgomp spins while it waits; on a busy machine that turns microseconds into milliseconds
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: demo test lint bench clean
 
-demo: $(READY)
+demo: $(TRAIN)
 	$(VENV)/bin/rlhf-train demo --out runs/demo --overwrite
 
 # one thread per test process: two processes keep two cores busy
-test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup
+test: $(TEST)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 
-lint: $(READY)
+lint: $(TEST)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)
 	$(VENV)/bin/lint-imports
 
-bench: $(READY)
+bench: $(TEST)
 	$(PY) -m pytest benchmarks/ --benchmark-only -q
 
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
-	@echo "Setting up $(VENV): downloads torch and transformers, about 1 GB, then builds the extension."
+$(TRAIN): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
+	@echo "Setting up $(VENV): downloads torch and transformers (about 300 MB with a CPU torch, several GB where"
+	@echo "pip picks a CUDA one), then builds the extension."
 	@start=$$(date +%s); \
 	$(PYTHON) -m venv $(VENV) \
-	&& $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test,bench,lint]" \
+	&& $(INSTALL) -e ".[train]" \
 	&& echo "Set up in $$(( $$(date +%s) - start )) seconds."
+	@touch $@
+
+$(TEST): $(TRAIN)
+	@echo "Adding what the tests and linters need."
+	@$(INSTALL) -e ".[train,test,bench,lint,triton]"
 	@touch $@
 
 clean:

@@ -102,7 +102,7 @@ class BuildExt(build_ext):
         except Exception as error:
             if wish == "1":
                 raise
-            print(f"rlhf_kernels: installing WITHOUT the C++ extension, the eager backend will run: {error}", flush=True)
+            print(f"rlhf_kernels installs WITHOUT its C++ extension; the eager backend will run: {error}", flush=True)
 
 
 extension = Extension("rlhf_kernels._C", relative("*.cpp"), depends=relative("*.h"), optional=True)

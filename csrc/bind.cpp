@@ -30,15 +30,12 @@ void define_nouns(py::module_& m) {
            py::kw_only(), py::arg("bias") = 0, py::arg("temperature") = 0, py::arg("scale") = 1.0,
            py::arg("softcap") = 0.0);
   py::class_<Strip>(m, "Strip")
-      .def(py::init([](Address z, int64_t ld, int64_t first, int64_t width) {
-             return Strip{at(z), ld, first, width};
-           }),
+      .def(py::init([](Address z, int64_t ld, int64_t first, int64_t width) { return Strip{at(z), ld, first, width}; }),
            py::kw_only(), py::arg("z") = 0, py::arg("ld") = 0, py::arg("first") = 0, py::arg("width") = 0);
   py::class_<Targets>(m, "Targets")
-      .def(py::init([](Address ids, Address z, int64_t count) {
-             return Targets{at<const int64_t>(ids), at(z), count};
-           }),
-           py::kw_only(), py::arg("ids"), py::arg("z"), py::arg("count"));
+      .def(
+          py::init([](Address ids, Address z, int64_t count) { return Targets{at<const int64_t>(ids), at(z), count}; }),
+          py::kw_only(), py::arg("ids"), py::arg("z"), py::arg("count"));
   py::class_<Sums>(m, "Sums").def(py::init([](Address policy, Address reference, bool forward_kl) {
                                     return Sums{at<Partial>(policy), at<Partial>(reference), forward_kl};
                                   }),
@@ -54,11 +51,11 @@ void define_nouns(py::module_& m) {
       }),
       py::kw_only(), py::arg("hidden") = 0, py::arg("ld_hidden") = 0, py::arg("weight") = 0, py::arg("ld_weight") = 0,
       py::arg("size") = 0);
-  py::class_<Sinks>(m, "Sinks").def(py::init([](Address hidden, Address weight, int64_t ld_weight, Address bias) {
-                                      return Sinks{at(hidden), at<float>(weight), ld_weight, at<float>(bias)};
-                                    }),
-                                    py::kw_only(), py::arg("hidden"), py::arg("weight"), py::arg("ld_weight"),
-                                    py::arg("bias"));
+  py::class_<Sinks>(m, "Sinks")
+      .def(py::init([](Address hidden, Address weight, int64_t ld_weight, Address bias) {
+             return Sinks{at(hidden), at<float>(weight), ld_weight, at<float>(bias)};
+           }),
+           py::kw_only(), py::arg("hidden"), py::arg("weight"), py::arg("ld_weight"), py::arg("bias"));
 }
 
 void define_rows(py::module_& m) {
@@ -66,9 +63,8 @@ void define_rows(py::module_& m) {
   m.def(
       "push",
       [](bool wide, Work work, Strip policy, Strip reference, Transform transform, Transform transform_reference,
-         Targets targets, Sums sums) {
-        kernels().push({work, policy, reference, transform, transform_reference, targets, sums}, wide);
-      },
+         Targets targets,
+         Sums sums) { kernels().push({work, policy, reference, transform, transform_reference, targets, sums}, wide); },
       Unlocked());
   m.def(
       "finish",
@@ -81,9 +77,9 @@ void define_rows(py::module_& m) {
       "grad",
       [](bool wide, Work work, Address index, Strip policy, Strip reference, Transform transform, Targets targets,
          Sums sums, UpstreamGrads upstream, Address grad, int64_t ld_grad) {
-        kernels().grad({work, at<const int64_t>(index), policy, reference, transform, targets, sums, upstream,
-                        at(grad), ld_grad},
-                       wide);
+        kernels().grad(
+            {work, at<const int64_t>(index), policy, reference, transform, targets, sums, upstream, at(grad), ld_grad},
+            wide);
       },
       Unlocked());
   m.def(
@@ -116,8 +112,8 @@ void define_head(py::module_& m) {
       "head_backward",
       [](Dtype dtype, Head policy, Work work, Address index, Strip z, Strip z_reference, Transform transform,
          Targets targets, Sums sums, UpstreamGrads upstream, Sinks sinks) {
-        const GradCall grad{work,    at<const int64_t>(index), z, z_reference, transform, targets, sums, upstream,
-                            nullptr, 0};
+        const GradCall grad{work, at<const int64_t>(index), z, z_reference, transform, targets, sums, upstream, nullptr,
+                            0};
         head_kernels()->backward({dtype, policy, grad, sinks});
       },
       Unlocked());

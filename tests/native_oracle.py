@@ -1,4 +1,4 @@
-"""Tiles for ``test_native`` and what plain torch says about them, logits materialized and differentiated by autograd."""
+"""Tiles for ``test_native``, and what plain torch says about them: logits materialized, gradients by autograd."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def draw(*shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype = torch.
     return (values * scale).to(dtype)
 
 
-def make_tile(n: int, size: int, vocab: int, dtype: torch.dtype, k: int = 1, spread: float = 3.0, **options: Any) -> Tile:
+def make_tile(
+    n: int, size: int, vocab: int, dtype: torch.dtype, k: int = 1, spread: float = 3.0, **options: Any
+) -> Tile:
     """Random rows whose products have the standard deviation ``spread``."""
     hidden = draw(n, size, seed=1, dtype=dtype)
     weight = options.pop("weight", draw(vocab, size, seed=2, scale=spread / size**0.5, dtype=dtype))
@@ -86,7 +88,13 @@ def plain_gradients(tile: Tile, grads: Grads, dtype: torch.dtype) -> dict[str, T
 
 
 def plain_gae(
-    rewards: Tensor, values: Tensor, ends: Tensor, mask: Tensor | None, bootstrap: Tensor | None, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    ends: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
 ) -> tuple[Tensor, Tensor]:
     """In float64, kept tokens first gathered, then the textbook loop."""
     advantages, returns = torch.zeros(2, rewards.numel(), dtype=torch.float64)

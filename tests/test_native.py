@@ -65,7 +65,9 @@ def check(tile: Tile) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "size", "vocab"), [(1, 1, 2), (1, 7, 131), (5, 33, 1031), (37, 64, 2500), (18, 530, 17), (70, 9, 31013)])
+@pytest.mark.parametrize(
+    ("n", "size", "vocab"), [(1, 1, 2), (1, 7, 131), (5, 33, 1031), (37, 64, 2500), (18, 530, 17), (70, 9, 31013)]
+)
 def test_shapes(n: int, size: int, vocab: int, dtype: torch.dtype) -> None:
     check(make_tile(n, size, vocab, dtype))
 
@@ -91,6 +93,14 @@ def test_reference(dtype: torch.dtype, direction: str) -> None:
     head = Head(draw(1100, 12, seed=21, dtype=dtype), draw(1100, seed=22, dtype=dtype), logit_scale=0.5)
     reference = Reference(draw(9, 12, seed=20, dtype=dtype), head, direction)
     check(make_tile(9, 35, 1100, dtype, reference=reference, temperature=1.3, softcap=20.0))
+
+
+def test_no_rows() -> None:
+    tile = make_tile(0, 5, 700, BF16, k=2)
+    assert native.score(tile).logp.shape == (0, 2)
+    got = gradients(tile, make_grads(tile))
+    assert got["hidden"].shape == (0, 5)
+    assert not got["weight"].any()
 
 
 def test_kl_to_itself_is_zero() -> None:

@@ -43,7 +43,8 @@ RLHF_HD double entropy(const Partial& p) { return log_mass(p) - p.slope / mass(p
 
 // The same sums with `most` raised.
 RLHF_HD Partial raised(const Partial& p, double most) {
-  if (p.most == most || p.most == -INFINITY) return {most, p.most == most ? p.ties : 0, p.rest, p.slope, p.gap, p.total};
+  if (p.most == most || p.most == -INFINITY)
+    return {most, p.most == most ? p.ties : 0, p.rest, p.slope, p.gap, p.total};
   double d = p.most - most, shrink = exp(d);
   return {most, 0, mass(p) * shrink, shrink == 0 ? 0 : (p.slope + mass(p) * d) * shrink, p.gap * shrink, p.total};
 }

@@ -17,7 +17,8 @@ struct Isa {
 std::vector<Isa> found() {
   std::vector<Isa> all{{"scalar", &kernels_scalar(), nullptr}};
 #ifdef RLHF_HAS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back({"avx2", &kernels_avx2(), nullptr});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    all.push_back({"avx2", &kernels_avx2(), nullptr});
 #endif
 #ifdef RLHF_HAS_AVX512
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

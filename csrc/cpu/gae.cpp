@@ -7,8 +7,8 @@
 namespace rlhf {
 namespace {
 
-constexpr int LANES = 4;          // sequences walked at once
-constexpr int64_t GROUP = 8;      // sequences handed to a thread at once
+constexpr int LANES = 4;      // sequences walked at once
+constexpr int64_t GROUP = 8;  // sequences handed to a thread at once
 
 // A sequence on its way: tokens `begin` .. `next` are still to come, the last one first.
 struct Walk {
@@ -20,9 +20,14 @@ template <class T, bool MASKED>
 class Group {
  public:
   Group(const GaeCall& call, int64_t first, int64_t last)
-      : c(call), rewards(static_cast<const T*>(call.rewards)), values(static_cast<const T*>(call.values)),
-        bootstrap(static_cast<const T*>(call.bootstrap)), advantages(static_cast<T*>(call.advantages)),
-        returns(static_cast<T*>(call.returns)), coming(first), end(last) {}
+      : c(call),
+        rewards(static_cast<const T*>(call.rewards)),
+        values(static_cast<const T*>(call.values)),
+        bootstrap(static_cast<const T*>(call.bootstrap)),
+        advantages(static_cast<T*>(call.advantages)),
+        returns(static_cast<T*>(call.returns)),
+        coming(first),
+        end(last) {}
 
   void run() {
     Walk walks[LANES];

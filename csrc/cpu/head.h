@@ -25,8 +25,8 @@ struct HeadForward {
 
 // What backward leaves: null where nobody wants it.
 struct Sinks {
-  void* hidden;  // [r, H] contiguous, bfloat16 for bfloat16, otherwise float32; overwritten
-  float* weight;     // [V, H], added to
+  void* hidden;   // [r, H] contiguous, bfloat16 for bfloat16, otherwise float32; overwritten
+  float* weight;  // [V, H], added to
   int64_t ld_weight;
   float* bias;  // [V], added to
 };

@@ -18,14 +18,18 @@ class Backward {
 
  public:
   explicit Backward(const HeadBackward& call)
-      : c(call), rows(c.grad.work.rows), vocab(c.grad.work.vocab), size(c.policy.size),
+      : c(call),
+        rows(c.grad.work.rows),
+        vocab(c.grad.work.vocab),
+        size(c.policy.size),
         width(smaller(DEEP * W::PER_WORD, panels(vocab) * LINES)),
         rounded(c.sinks.hidden && c.dtype == Dtype::bfloat16),
         lines_(c.grad.work.threads * (LINES + 2) * width),
         by_row_(c.sinks.hidden ? panels(rows) * LINES * words<W>(width) : 0),
         by_column_(panels(width) * LINES * words<W>(rows)),
         hidden_(c.sinks.weight ? panels(size) * LINES * words<W>(rows) : 0),
-        weight_(c.sinks.hidden ? panels(size) * LINES * words<W>(width) : 0), total_(rounded ? rows * size : 0),
+        weight_(c.sinks.hidden ? panels(size) * LINES * words<W>(width) : 0),
+        total_(rounded ? rows * size : 0),
         grad_hidden(rounded ? static_cast<float*>(total_) : static_cast<float*>(c.sinks.hidden)) {}
 
   // Inside a parallel region. Loops do not wait for their threads; barriers are where results are needed.
@@ -52,8 +56,8 @@ class Backward {
     const Element* hidden = static_cast<const Element*>(c.policy.hidden);
 #pragma omp for schedule(static) nowait
     for (int64_t j = 0; j < panels(size); ++j)
-      pack_across<W>([&](int64_t k) { return hidden + row_of(k) * c.policy.ld_hidden + j * LINES; },
-                     size - j * LINES, rows, hidden_ + j * LINES * words<W>(rows));
+      pack_across<W>([&](int64_t k) { return hidden + row_of(k) * c.policy.ld_hidden + j * LINES; }, size - j * LINES,
+                     rows, hidden_ + j * LINES * words<W>(rows));
   }
 
   // Lines are hidden units, k runs along the strip.

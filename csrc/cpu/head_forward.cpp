@@ -8,8 +8,8 @@ namespace rlhf {
 inline namespace RLHF_ISA {
 namespace {
 
-constexpr int64_t RANGES = 64;             // of the vocabulary; more would only make more sums to fold
-constexpr int64_t CACHED = 512 * 1024;     // bytes of packed weight that stay in the second-level cache
+constexpr int64_t RANGES = 64;               // of the vocabulary; more would only make more sums to fold
+constexpr int64_t CACHED = 512 * 1024;       // bytes of packed weight that stay in the second-level cache
 constexpr int64_t KEPT_IN_CACHE = 8 << 20;   // bytes of logits
 constexpr int64_t NARROW = 64, WIDE = 1024;  // columns of a block
 
@@ -69,7 +69,9 @@ template <class W>
 class Scratch {
  public:
   Scratch(const Product<W>* product, int64_t width, int threads)
-      : deep_(product ? product->deep() : 0), width_(product ? width : 0), weights_(threads * width_ * deep_),
+      : deep_(product ? product->deep() : 0),
+        width_(product ? width : 0),
+        weights_(threads * width_ * deep_),
         logits_(threads * LINES * width_) {}
   uint32_t* weight(int thread) const { return weights_ + thread * width_ * deep_; }
   float* logits(int thread) const { return logits_ + thread * LINES * width_; }
@@ -126,7 +128,8 @@ void fold_ranges(int64_t rows, int64_t ranges, const Partial* sums, Partial* int
 template <class W>
 void run(const HeadForward& call, const Product<W>& policy, const Product<W>* reference) {
   const PushCall& c = call.push;
-  const int64_t rows = c.work.rows, deepest = reference && reference->deep() > policy.deep() ? reference->deep() : policy.deep();
+  const int64_t rows = c.work.rows,
+                deepest = reference && reference->deep() > policy.deep() ? reference->deep() : policy.deep();
   const Blocks blocks(c.work.vocab, deepest);
   Buffer<Partial> sums(blocks.ranges * rows), sums_ref(reference ? blocks.ranges * rows : 0);
   const Scratch<W> mine(&policy, blocks.width, c.work.threads), other(reference, blocks.width, c.work.threads);
@@ -156,7 +159,9 @@ void forward(const HeadForward& call) {
 
 }  // namespace
 
-void head_forward(const HeadForward& call) { with_words(call.dtype, [&](auto w) { forward<decltype(w)>(call); }); }
+void head_forward(const HeadForward& call) {
+  with_words(call.dtype, [&](auto w) { forward<decltype(w)>(call); });
+}
 
 }  // namespace RLHF_ISA
 }  // namespace rlhf

@@ -1,5 +1,5 @@
-// What the CPU kernels are called with. Pointers are float or double as the call says; leading dimensions count elements.
-// n rows, V vocabulary, H hidden, K ids asked for per row.
+// What the CPU kernels are called with. Pointers are float or double as the call says; leading dimensions count
+// elements. n rows, V vocabulary, H hidden, K ids asked for per row.
 #pragma once
 #include <cstdint>
 

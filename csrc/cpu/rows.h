@@ -32,8 +32,7 @@ struct RowTransform {
   T before, cap, after;  // z = after * cap tanh(before * (x + bias)), or before * (x + bias) without a cap
   bool identity;
 
-  RowTransform(const Transform& t, int64_t row)
-      : bias(as<T>(t.bias)), cap(T(t.softcap)), identity(false) {
+  RowTransform(const Transform& t, int64_t row) : bias(as<T>(t.bias)), cap(T(t.softcap)), identity(false) {
     double inverse = t.temperature ? 1 / double(as<T>(t.temperature)[row]) : 1;
     before = T(t.softcap > 0 ? t.scale / t.softcap : t.scale * inverse);
     after = T(t.softcap * inverse);
@@ -113,8 +112,8 @@ inline void push_block(Partial& p, const T* z, const T* other, int64_t count) {
 
 // Products to logits, in place, and on into the sums of a row. `width` may be any number.
 template <class T>
-inline void push_row(const RowTransform<T>& transform, T* z, const RowTransform<T>& transform_ref, T* ref, int64_t first,
-                     int64_t width, Partial& p, Partial* p_ref, bool forward_kl) {
+inline void push_row(const RowTransform<T>& transform, T* z, const RowTransform<T>& transform_ref, T* ref,
+                     int64_t first, int64_t width, Partial& p, Partial* p_ref, bool forward_kl) {
   for (int64_t i = 0; i < width; i += BLOCK) {
     int64_t count = width - i < BLOCK ? width - i : BLOCK;
     T* other = ref ? ref + i : nullptr;
@@ -143,7 +142,8 @@ inline RowGrads row_grads(const UpstreamGrads& g, const Targets& t, int64_t row)
 template <class T>
 inline void grad_block(const Slopes& s, const T* z, const T* ref, T* grad, int64_t count) {
   // the log-sum-exp in two parts: rounding it to T would put the same error into every p of the row
-  const T high = T(s.lse), low = T(s.lse - double(high)), high_ref = T(s.lse_ref), low_ref = T(s.lse_ref - double(high_ref));
+  const T high = T(s.lse), low = T(s.lse - double(high)), high_ref = T(s.lse_ref),
+          low_ref = T(s.lse_ref - double(high_ref));
   const T base = T(s.base), by_log_p = T(s.by_log_p), by_log_q = T(s.by_log_q), by_q = T(s.by_q), shift = T(s.shift);
   const T floor = T(-10000);  // log 0, as far as sums are concerned
   if (!ref) {
@@ -174,7 +174,8 @@ inline void grad_row(const GradCall& c, const Slopes& s, int64_t row, int64_t of
     int64_t id = t.ids[k];
     if (id < first || id >= first + count) continue;
     double g = 0;  // the same id may have been asked for more than once
-    for (int64_t j = row * t.count; j < (row + 1) * t.count; ++j) g += t.ids[j] == id ? as<T>(c.upstream.logp)[j] : T(0);
+    for (int64_t j = row * t.count; j < (row + 1) * t.count; ++j)
+      g += t.ids[j] == id ? as<T>(c.upstream.logp)[j] : T(0);
     double log_q = ref ? ref[id - first] - s.lse_ref : 0;
     out[id - first] = T(grad_target(s, g, logp(c.sums.policy[row], z[id - first]), log_q));
   }

@@ -29,9 +29,9 @@ class Residual(NamedTuple):
 
 
 def residual_bytes(tile: Tile) -> int:
-    """Bytes per row of the logits and of what is as long as the hidden state."""
+    """Bytes per row of the logits, of what is as long as the hidden state, and of packed strips and sums."""
     rows = Rows(tile)
-    return rows.vocab * rows.dtype.itemsize * (2 if tile.reference else 1) + 16 * tile.hidden.shape[1]
+    return rows.vocab * rows.dtype.itemsize * (2 if tile.reference else 1) + 16 * tile.hidden.shape[1] + 8192
 
 
 def score(tile: Tile) -> TokenStats:
@@ -56,6 +56,7 @@ def backward(
     if whole.fits(tile) and (sinks.weight is None or sinks.weight.stride(-1) == 1):
         return whole.backward(tile, residual.z, residual.z_ref, residual.sums, grads, rows, sinks)
     weight, dtype = tile.head.weight, wide(tile.hidden.dtype)
+    rows = None if rows is None else rows.contiguous()
     hidden = (tile.hidden if rows is None else tile.hidden[rows]).to(dtype)
     given, upstream = Rows(tile), Upstream(grads, dtype)
     strips = list(_strips(given.vocab, hidden.shape[0], dtype))

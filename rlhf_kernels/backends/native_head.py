@@ -56,6 +56,7 @@ def backward(
 ) -> None:
     """Gradients of the rows in ``index`` into the sinks."""
     rows, upstream, policy = Rows(tile), Upstream(grads, torch.float32), _Operands(tile.hidden, tile.head)
+    index = None if index is None else index.contiguous()
     count = tile.hidden.shape[0] if index is None else index.numel()
     into = _C.Sinks(
         hidden=address(sinks.hidden),

@@ -1,4 +1,4 @@
-"""The rows of a tile as csrc wants them: checked, contiguous, wide, and alive for as long as their addresses are used."""
+"""The rows of a tile as csrc wants them: contiguous, wide, and alive for as long as their addresses are used."""
 
 from __future__ import annotations
 
@@ -37,10 +37,8 @@ class Transform:
 
     def __init__(self, head: Head, temperature: float | Tensor, n: int, dtype: torch.dtype):
         self._bias = None if head.bias is None else head.bias.to(dtype).contiguous()
-        many = isinstance(temperature, Tensor)
-        self._temperature = (
-            temperature.to(dtype).contiguous() if many else torch.full((n,), float(temperature), dtype=dtype)
-        )
+        many = temperature if isinstance(temperature, Tensor) else torch.full((n,), temperature, dtype=torch.float64)
+        self._temperature = many.to(dtype).contiguous()
         self.c = _C.Transform(
             bias=address(self._bias),
             temperature=address(self._temperature),
@@ -112,7 +110,7 @@ class Rows:
         index: Tensor | None,
         out: Tensor,
     ) -> None:
-        """d loss / d product into ``out`` ([r, width]), for columns ``first`` and following of the rows in ``index``."""
+        """d loss / d product into ``out`` [r, width]: columns ``first`` and following of the rows in ``index``."""
         _C.grad(
             self.is_double, self.work(out.shape[0]), address(index), strip_of(z, first), strip_of(z_ref, first),
             self.transform, self.targets(sums), sums.c, upstream.c, address(out), out.stride(0),
