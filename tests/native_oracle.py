@@ -34,7 +34,7 @@ def make_grads(tile: Tile) -> Grads:
     """Something for every statistic."""
     n, k = tile.targets.shape
     sizes = [(n, k), (n,), (n,), (n,), (n,)]
-    grads = [draw(*size, seed=7 + i, scale=1 / n, dtype=full(tile)) for i, size in enumerate(sizes)]
+    grads = [draw(*size, seed=7 + i, scale=1 / max(n, 1), dtype=full(tile)) for i, size in enumerate(sizes)]
     if tile.reference is None:
         grads[4].zero_()
     return Grads(*grads)

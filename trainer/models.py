@@ -34,8 +34,8 @@ def _hidden(backbone: nn.Module, packed: Packed) -> Tensor:
     return out.last_hidden_state[0]
 
 
-class Policy(nn.Module):
-    """A causal language model of transformers with a plain linear head."""
+class Seen(nn.Module):
+    """A model of transformers seen as a backbone and a head of our own business."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__()
@@ -48,6 +48,14 @@ class Policy(nn.Module):
     @property
     def backbone(self) -> nn.Module:
         return self.model.base_model
+
+    def save(self, path: Path | str) -> None:
+        """Writes safetensors, config.json and the tokenizer, or nothing at all."""
+        _save_aside(Path(path), self.model, self.tokenizer)
+
+
+class Policy(Seen):
+    """A causal language model of transformers with a plain linear head."""
 
     @property
     def weight(self) -> Tensor:
@@ -78,28 +86,13 @@ class Policy(nn.Module):
         softcap = options.get("softcap")
         return softcap * torch.tanh(z / softcap) if softcap else z
 
-    def save(self, path: Path | str) -> None:
-        """Writes safetensors, config.json and the tokenizer, or nothing at all."""
-        _save_aside(Path(path), self.model, self.tokenizer)
 
-
-class ScalarModel(nn.Module):
+class ScalarModel(Seen):
     """A backbone with one number per token: a reward model reads it at the last token, a value model everywhere.
 
     On disk it is an ordinary sequence classifier with one label. ``reward_mean`` and ``reward_std`` of its config are
     the statistics of raw scores under the policy that it judges.
     """
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.model.eval()
-        self.model.config.use_cache = False
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.model.base_model
 
     @property
     def head(self) -> nn.Linear:
@@ -126,10 +119,6 @@ class ScalarModel(nn.Module):
         """Stores mean and standard deviation of raw scores, [n], that stand for the policy to be judged."""
         self.model.config.reward_mean = float(raw.mean())
         self.model.config.reward_std = max(float(raw.std(unbiased=False)), 1e-6)
-
-    def save(self, path: Path | str) -> None:
-        """Writes safetensors, config.json and the tokenizer, or nothing at all."""
-        _save_aside(Path(path), self.model, self.tokenizer)
 
 
 def resolve(path: str) -> str:

@@ -38,7 +38,6 @@ struct Bf16 {
 // Words of one float.
 template <class S>
 struct Single {
-  using Store = S;
   using Type = typename S::Type;
   using Grad = float;  // gradients of logits on their way into products
   using GradWords = Single<F32>;
@@ -82,7 +81,6 @@ inline void round_to_bf16(const float* from, uint16_t* to, int64_t count) {
 #ifdef __AVX512BF16__
 // Words of two bfloat16.
 struct Pair {
-  using Store = Bf16;
   using Type = uint16_t;
   using Grad = uint16_t;
   using GradWords = Pair;

@@ -60,12 +60,12 @@ def backward(
     hidden = (tile.hidden if rows is None else tile.hidden[rows]).to(dtype)
     given, upstream = Rows(tile), Upstream(grads, dtype)
     strips = list(_strips(given.vocab, hidden.shape[0], dtype))
-    scratch = empty(hidden.shape[0], strips[0].stop, dtype)
+    scratch = _Scratch(hidden.shape[0], dtype)
     grad_hidden = None
     if sinks.hidden is not None:
         grad_hidden = sinks.hidden if sinks.hidden.dtype == dtype else torch.empty_like(hidden)
     for s in strips:
-        g = scratch.view(-1)[: hidden.shape[0] * (s.stop - s.start)].view(hidden.shape[0], -1)
+        g = scratch.strip(s)
         given.grad(residual.sums, residual.z[:, s], _part(residual.z_ref, s), s.start, upstream, rows, g)
         if grad_hidden is not None:
             if weight is None:
@@ -133,21 +133,29 @@ def _statistics(tile: Tile, z: Tensor | None, z_ref: Tensor | None) -> tuple[Tok
     return rows.statistics(sums), sums
 
 
+class _Scratch:
+    """The same memory for one strip after another; the first is as wide as any."""
+
+    def __init__(self, rows: int, dtype: torch.dtype):
+        self._rows, self._dtype, self._memory = rows, dtype, None
+
+    def strip(self, s: slice) -> Tensor:
+        columns = s.stop - s.start
+        if self._memory is None:
+            self._memory = empty(self._rows, columns, self._dtype)
+        return self._memory.view(-1)[: self._rows * columns].view(self._rows, columns)
+
+
 class _Product:
     """hidden @ weight.T in the wide dtype."""
 
     def __init__(self, hidden: Tensor, head: Head):
-        self._hidden, self._weight, self._scratch = hidden.to(wide(hidden.dtype)), head.weight, None
+        self._hidden, self._weight = hidden.to(wide(hidden.dtype)), head.weight
+        self._scratch = _Scratch(hidden.shape[0], self._hidden.dtype)
 
     def strip(self, s: slice, out: Tensor | None) -> Tensor:
         """[n, strip], in its place of ``out`` ([n, V]) if given, otherwise until the next strip."""
-        if out is None:
-            rows, columns = self._hidden.shape[0], s.stop - s.start
-            if self._scratch is None:
-                self._scratch = empty(rows, columns, self._hidden.dtype)
-            part = self._scratch.view(-1)[: rows * columns].view(rows, columns)
-        else:
-            part = out[:, s]
+        part = self._scratch.strip(s) if out is None else out[:, s]
         if self._weight is None:
             return part.copy_(self._hidden[:, s])
         return torch.mm(self._hidden, self._weight[s].to(self._hidden.dtype).T, out=part)
