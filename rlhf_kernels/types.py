@@ -56,9 +56,11 @@ class HeadOptions(TypedDict, total=False):
     checks: bool  # look into the data (targets in range, nothing NaN)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Head:
-    """Everything that turns hidden states into logits, but the temperature."""
+    """Everything that turns hidden states into logits, but the temperature. One object per call: scratch may live as
+    long as it does.
+    """
 
     weight: Tensor | None  # [V, H]; None: the hidden states are logits already
     bias: Tensor | None = None  # [V]

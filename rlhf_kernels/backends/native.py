@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch  # must be loaded before csrc, which then shares its OpenMP runtime: two of them wait for each other
 from torch import Tensor
@@ -22,6 +23,10 @@ STRIP_COLUMNS = 8192  # at most, for few rows
 FEWEST_COLUMNS = 512  # narrower products lose their speed
 
 
+# Logits that a backward has used up, for the next tile of the same call: fresh pages cost more than writing to them.
+_spare: WeakKeyDictionary[Head, list[Tensor]] = WeakKeyDictionary()
+
+
 class Residual(NamedTuple):
     z: Tensor  # [n, V] logits
     z_ref: Tensor | None
@@ -31,7 +36,7 @@ class Residual(NamedTuple):
 def residual_bytes(tile: Tile) -> int:
     """Bytes per row of the logits, of what is as long as the hidden state, and of packed strips and sums."""
     rows = Rows(tile)
-    return rows.vocab * rows.dtype.itemsize * (2 if tile.reference else 1) + 16 * tile.hidden.shape[1] + 8192
+    return rows.vocab * rows.dtype.itemsize * (2 if tile.reference else 1) + 16 * tile.hidden.shape[1] + 12288
 
 
 def score(tile: Tile) -> TokenStats:
@@ -43,8 +48,8 @@ def forward(tile: Tile) -> tuple[TokenStats, Residual]:
     """Statistics, and the logits."""
     n, ref = tile.hidden.shape[0], tile.reference
     rows = Rows(tile)
-    z = empty(n, rows.vocab, rows.dtype)
-    z_ref = empty(n, rows.vocab, rows.dtype) if ref else None
+    z = _logits(tile.head, n, rows)
+    z_ref = _logits(tile.head, n, rows) if ref else None
     stats, sums = _statistics(tile, z, z_ref)
     return stats, Residual(z, z_ref, sums)
 
@@ -53,10 +58,25 @@ def backward(
     tile: Tile, residual: Residual, stats: TokenStats, grads: Grads, rows: Tensor | None, sinks: Sinks
 ) -> None:
     """Gradients of the logits a strip at a time, each straight into the products with weight and hidden states."""
-    if whole.fits(tile) and (sinks.weight is None or sinks.weight.stride(-1) == 1):
-        return whole.backward(tile, residual.z, residual.z_ref, residual.sums, grads, rows, sinks)
-    weight, dtype = tile.head.weight, wide(tile.hidden.dtype)
     rows = None if rows is None else rows.contiguous()
+    if whole.fits(tile) and (sinks.weight is None or sinks.weight.stride(-1) == 1):
+        whole.backward(tile, residual.z, residual.z_ref, residual.sums, grads, rows, sinks)
+    else:
+        _backward_by_torch(tile, residual, grads, rows, sinks)
+    _spare.setdefault(tile.head, []).extend(z for z in (residual.z, residual.z_ref) if z is not None)
+
+
+def _logits(head: Head, n: int, rows: Rows) -> Tensor:
+    """[n, V], uninitialized; in pages that this call already has, where they suffice."""
+    numbers, spare = n * rows.vocab, _spare.get(head, [])
+    for i, old in enumerate(spare):
+        if old.numel() >= numbers and old.dtype == rows.dtype:
+            return spare.pop(i).view(-1)[:numbers].view(n, rows.vocab)
+    return empty(n, rows.vocab, rows.dtype)
+
+
+def _backward_by_torch(tile: Tile, residual: Residual, grads: Grads, rows: Tensor | None, sinks: Sinks) -> None:
+    weight, dtype = tile.head.weight, wide(tile.hidden.dtype)
     hidden = (tile.hidden if rows is None else tile.hidden[rows]).to(dtype)
     given, upstream = Rows(tile), Upstream(grads, dtype)
     strips = list(_strips(given.vocab, hidden.shape[0], dtype))
