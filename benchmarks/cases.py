@@ -14,7 +14,7 @@ from benchmarks.truth import Truth, truth_of
 
 CLIP = (0.2, 0.2)  # of the policy losses
 BETA = 0.1  # of the preference loss
-HEAD_OPS = ("train", "score", "grpo", "dpo", "sparse", "sparse_kept")
+HEAD_OPS = ("train", "score", "grpo", "dpo", "dpo_prompts", "sparse", "sparse_kept")
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,15 @@ def for_op(op: str, batch: Batch, truth: Truth, seed: int = 1) -> tuple[Batch, T
         per_sequence = (per_sequence - per_sequence.mean()) / per_sequence.std()
         spread = per_sequence.repeat_interleave(n // s)
         return replace(batch, advantages=spread, old_logp=truth.logp.float() - log_ratio), None
-    if op == "dpo":
+    if op in ("dpo", "dpo_prompts"):
         moved = batch.hidden + 0.1 * batch.hidden.std() * torch.randn(batch.hidden.shape, generator=rng)
         ref_hidden, ref_weight = moved.to(batch.hidden.dtype), batch.weight.clone()
         _, ref_truth = truth_of(ref_hidden, ref_weight, batch.targets, rng)
-        return replace(batch, ref_hidden=ref_hidden, ref_weight=ref_weight), ref_truth
+        batch = replace(batch, ref_hidden=ref_hidden, ref_weight=ref_weight)
+        if op == "dpo_prompts":  # the two replies of a pair follow the same prompt
+            prompts = _prompt_lengths(s // 2, n // s).repeat_interleave(2)
+            batch = replace(batch, kept=torch.arange(n) % (n // s) >= prompts.repeat_interleave(n // s))
+        return batch, ref_truth
     if op in ("sparse", "sparse_kept"):
         prompts = _prompt_lengths(s, n // s)
         position = torch.arange(n) % (n // s)

@@ -31,13 +31,13 @@ def _floor(op: str) -> Contender:
 
     def build(batch: Batch) -> Step:
         forward = batch.hidden[batch.kept]
-        alive = batch.kept & (batch.advantages != 0) if op != "dpo" else batch.kept
+        alive = batch.kept & (batch.advantages != 0) if not op.startswith("dpo") else batch.kept
         backward = batch.hidden[alive]
         logits = batch.hidden.new_empty(len(forward), len(batch.weight))
         grad_hidden, grad_weight = torch.empty_like(backward), torch.empty_like(batch.weight)
 
         def step() -> Result:
-            if op == "dpo":
+            if op.startswith("dpo"):
                 torch.mm(forward, batch.weight.t(), out=logits)  # the reference
             torch.mm(forward, batch.weight.t(), out=logits)
             if op != "score":
@@ -48,7 +48,7 @@ def _floor(op: str) -> Contender:
 
         return step
 
-    products = {"score": "1 product", "dpo": "4 products"}.get(op, "3 products")
+    products = {"score": "1 product", "dpo": "4 products", "dpo_prompts": "4 products"}.get(op, "3 products")
     return Contender(f"bare GEMM, {products}", "floor", build)
 
 

@@ -28,7 +28,7 @@ def clipped(logp: Tensor, _: Tensor | None, batch: Batch) -> Tensor:
 def preference(logp: Tensor, ref_logp: Tensor | None, batch: Batch) -> Tensor:
     """DPO, https://arxiv.org/abs/2305.18290, Eq. 7, over summed log-probabilities."""
     assert ref_logp is not None
-    gain = BETA * (logp - ref_logp).view(batch.cu_seqlens.numel() - 1, -1).sum(1)
+    gain = BETA * (logp - ref_logp).masked_fill(~batch.kept, 0.0).view(batch.cu_seqlens.numel() - 1, -1).sum(1)
     return -F.logsigmoid(gain[0::2] - gain[1::2]).mean()
 
 
@@ -36,6 +36,7 @@ LOSSES: dict[str, Loss] = {
     "train": weighted,
     "grpo": clipped,
     "dpo": preference,
+    "dpo_prompts": preference,
     "sparse": clipped,
     "sparse_kept": clipped,
 }

@@ -102,11 +102,12 @@ def _dpo(**head: Any) -> Build:
         assert batch.ref_hidden is not None
         ref_hidden, ref_weight = batch.ref_hidden, batch.ref_weight
         assert ref_weight is not None
+        targets = batch.targets.masked_fill(~batch.kept, -100)
 
         def step() -> Result:
             with torch.no_grad():
-                ref_logp = rk.token_stats(ref_hidden, ref_weight, batch.targets, **head).logp
-            loss = rk.dpo_loss(hidden, weight, batch.targets, batch.cu_seqlens, ref_logp, beta=BETA, **head).loss
+                ref_logp = rk.token_stats(ref_hidden, ref_weight, targets, **head).logp
+            loss = rk.dpo_loss(hidden, weight, targets, batch.cu_seqlens, ref_logp, beta=BETA, **head).loss
             return Result(loss, None, None, *torch.autograd.grad(loss, (hidden, weight)))
 
         return step
@@ -141,6 +142,7 @@ def contenders(op: str, max_bytes: int | None) -> list[tuple[str, Build]]:
         "score": ("rk.token_stats", _score),
         "grpo": ("rk.grpo_loss", _grpo),
         "dpo": ("rk.token_stats, rk.dpo_loss", _dpo),
+        "dpo_prompts": ("rk.token_stats, rk.dpo_loss", _dpo),
         "sparse": ("rk.ppo_loss", _ppo),
         "sparse_kept": ("rk.ppo_loss", _ppo),
     }[op]

@@ -15,7 +15,7 @@ from benchmarks.truth import Result
 
 LogpOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden, weight, targets) -> logp, differentiable
 ScoreOf = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # -> logp, entropy
-EVERY = ("train", "grpo", "dpo", "sparse", "sparse_kept")
+EVERY = ("train", "grpo", "dpo", "dpo_prompts", "sparse", "sparse_kept")
 
 
 class Skipped(Exception):
@@ -158,7 +158,8 @@ def _liger_dpo(compiled: bool) -> Callable[[Batch], Callable[[], Result]]:
         assert batch.ref_hidden is not None
         hidden = chosen_first(batch.hidden).detach().requires_grad_()
         weight = batch.weight.detach().requires_grad_()
-        targets, ref_hidden = chosen_first(batch.targets), chosen_first(batch.ref_hidden)
+        targets = chosen_first(batch.targets.masked_fill(~batch.kept, -100))
+        ref_hidden = chosen_first(batch.ref_hidden)
 
         def step() -> Result:
             loss, _ = loss_of(weight, hidden, targets, ref_input=ref_hidden, ref_weight=batch.ref_weight)
@@ -170,7 +171,9 @@ def _liger_dpo(compiled: bool) -> Callable[[Batch], Callable[[], Result]]:
     return build
 
 
+LIGER_DPO = (("Liger DPO loss", _liger_dpo(False), False), ("Liger DPO loss, compiled", _liger_dpo(True), True))
 OWN_LOSSES: dict[str, tuple[tuple[str, Callable, bool], ...]] = {
     "grpo": (("Liger GRPO loss", _liger_grpo, False),),
-    "dpo": (("Liger DPO loss", _liger_dpo(False), False), ("Liger DPO loss, compiled", _liger_dpo(True), True)),
+    "dpo": LIGER_DPO,
+    "dpo_prompts": LIGER_DPO,
 }

@@ -25,6 +25,7 @@ TITLES = {
     "score": "log-probability and entropy, no gradient",
     "grpo": "GRPO (token mean, clip 0.2), forward and backward",
     "dpo": "DPO with its reference scored in the step, forward and backward",
+    "dpo_prompts": "the same, half the rows are prompt, which every contender is told",
     "sparse": "PPO, half the rows are prompt, 30 % of the others have zero advantage; peers are given the whole batch",
     "sparse_kept": "the same; peers are given the kept rows only",
     "gae": "advantages and returns",

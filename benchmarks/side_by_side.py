@@ -32,7 +32,8 @@ from benchmarks.truth import Expected, Result, Truth, errors_of, expect, verdict
 OPS = (*HEAD_OPS, "gae")
 REPLIES = {"tiny": (4, 300)}  # replies x tokens of gae; every other shape has the real one
 REAL_REPLIES = (128, 4096)
-LONG_OPS = {"grpo", "dpo", "sparse", "sparse_kept"}  # minutes each at the large shape: there only on request
+# minutes each at the large shape: there only on request
+LONG_OPS = {"grpo", "dpo", "dpo_prompts", "sparse", "sparse_kept"}
 MEMORY_OPS = {"none": (), "train": ("train",), "all": ("train", "score", "grpo", "dpo", "sparse")}
 
 
