@@ -6,7 +6,6 @@
 #include "cpu/dispatch.h"
 #include "cpu/head.h"
 #include "cpu/kernels.h"
-#include "cpu/memory.h"
 
 namespace py = pybind11;
 using namespace rlhf;
@@ -126,7 +125,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &isa);
   m.def("isas", &isas);
   m.def("set_isa", &set_isa);
-  m.def("prefer_large_pages", [](Address data, size_t bytes) { prefer_large_pages(at(data), bytes); });
   define_nouns(m);
   define_rows(m);
   define_head(m);

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_kernels import _C
 from rlhf_kernels.backends import native_head as whole
-from rlhf_kernels.backends.native_rows import Rows, Sums, Upstream, address, empty, wide
+from rlhf_kernels.backends.native_rows import Rows, Sums, Upstream, address, wide
 from rlhf_kernels.types import Grads, Head, Sinks, Tile, TokenStats
 
 STRIP_BYTES = 8 * 2**20  # of logits at a time: they stay in the last-level cache between the product and the sums
@@ -72,7 +72,7 @@ def _logits(head: Head, n: int, rows: Rows) -> Tensor:
     for i, old in enumerate(spare):
         if old.numel() >= numbers and old.dtype == rows.dtype:
             return spare.pop(i).view(-1)[:numbers].view(n, rows.vocab)
-    return empty(n, rows.vocab, rows.dtype)
+    return torch.empty(n, rows.vocab, dtype=rows.dtype)
 
 
 def _backward_by_torch(tile: Tile, residual: Residual, grads: Grads, rows: Tensor | None, sinks: Sinks) -> None:
@@ -162,7 +162,7 @@ class _Scratch:
     def strip(self, s: slice) -> Tensor:
         columns = s.stop - s.start
         if self._memory is None:
-            self._memory = empty(self._rows, columns, self._dtype)
+            self._memory = torch.empty(self._rows, columns, dtype=self._dtype)
         return self._memory.view(-1)[: self._rows * columns].view(self._rows, columns)
 
 

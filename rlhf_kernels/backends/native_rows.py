@@ -20,13 +20,6 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """[rows, columns] on large pages: fresh small ones cost more than the logits that are written to them."""
-    x = torch.empty(rows, columns, dtype=dtype)
-    _C.prefer_large_pages(x.data_ptr(), x.numel() * x.element_size())
-    return x
-
-
 def strip_of(z: Tensor | None, first: int) -> _C.Strip:
     """Columns ``first`` and following, given as a [n, width] tensor."""
     return _C.Strip() if z is None else _C.Strip(z=z.data_ptr(), ld=z.stride(0), first=first, width=z.shape[1])
