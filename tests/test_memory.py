@@ -88,11 +88,16 @@ def test_ppo_at_a_real_vocabulary_stays_below_400_mb():
 @pytest.mark.parametrize(("what", "most"), [("ppo", 64), ("stats", 256)])
 def test_growth_per_token(backend, what, most):
     """A handful of numbers; statistics and their gradients take more, but not as much as a copy of the hidden state."""
+    few, many = 20_000, 200_000
     case = {"what": what, "hidden_size": 64, "vocab": 512, "backend": backend, "max_bytes": 4 * MIB}
-    sizes = [(20_000, False), (80_000, False), (20_000, True), (80_000, True)]
-    few, many, few_masked, many_masked = live(*(case | {"tokens": n, "masked": m} for n, m in sizes))
-    for growth in (many - few, many_masked - few_masked):
-        assert growth / 60_000 < most, f"{growth / 60_000:.0f} bytes per token"
+    growth = {False: float("inf"), True: float("inf")}
+    for _ in range(3):  # pages that the allocator has not given back yet only ever add: the least of three is nearest
+        for masked in growth:
+            low, high = live(*(case | {"tokens": n, "masked": masked} for n in (few, many)))
+            growth[masked] = min(growth[masked], (high - low) / (many - few))
+        if max(growth.values()) < most:
+            return
+    pytest.fail(f"bytes per token: {growth[False]:.0f}, with half of them masked {growth[True]:.0f}")
 
 
 def test_max_bytes_caps_scratch_and_stash(backend):
@@ -102,7 +107,15 @@ def test_max_bytes_caps_scratch_and_stash(backend):
         {"what": what, "tokens": tokens, "hidden_size": 32, "vocab": vocab, "backend": backend, "max_bytes": m * MIB}
         for what in ("ppo", "stats", "score") for m in (4, 12)
     ]  # fmt: skip
-    for case, extra in zip(cases, live(*cases), strict=True):
-        assert tokens * vocab * 4 > 7 * case["max_bytes"]
-        allowed = 1.1 * case["max_bytes"] + 64 * tokens + 4 * MIB
-        assert extra < allowed, f"{case['what']}: {extra / MIB:.1f} MiB under a budget of {case['max_bytes'] / MIB:.0f}"
+    assert all(tokens * vocab * 4 > 7 * case["max_bytes"] for case in cases)
+    extra = [float("inf")] * len(cases)
+    for _ in range(3):  # as above
+        extra = [min(pair) for pair in zip(extra, live(*cases), strict=True)]
+        over = [
+            f"{case['what']}: {x / MIB:.1f} MiB under a budget of {case['max_bytes'] / MIB:.0f}"
+            for case, x in zip(cases, extra, strict=True)
+            if x >= 1.1 * case["max_bytes"] + 64 * tokens + 4 * MIB
+        ]
+        if not over:
+            return
+    pytest.fail("; ".join(over))
