@@ -51,10 +51,11 @@ void define_nouns(py::module_& m) {
       py::kw_only(), py::arg("hidden") = 0, py::arg("ld_hidden") = 0, py::arg("weight") = 0, py::arg("ld_weight") = 0,
       py::arg("size") = 0);
   py::class_<Sinks>(m, "Sinks")
-      .def(py::init([](Address hidden, Address weight, int64_t ld_weight, Address bias) {
-             return Sinks{at(hidden), at<float>(weight), ld_weight, at<float>(bias)};
+      .def(py::init([](Address hidden, Address weight, int64_t ld_weight, Address bias, bool fresh, bool round_weight) {
+             return Sinks{at(hidden), at(weight), ld_weight, at<float>(bias), fresh, round_weight};
            }),
-           py::kw_only(), py::arg("hidden"), py::arg("weight"), py::arg("ld_weight"), py::arg("bias"));
+           py::kw_only(), py::arg("hidden"), py::arg("weight"), py::arg("ld_weight"), py::arg("bias"), py::arg("fresh"),
+           py::arg("round_weight"));
 }
 
 void define_rows(py::module_& m) {

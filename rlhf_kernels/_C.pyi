@@ -31,7 +31,9 @@ class Head:
     ) -> None: ...
 
 class Sinks:
-    def __init__(self, *, hidden: int, weight: int, ld_weight: int, bias: int) -> None: ...
+    def __init__(
+        self, *, hidden: int, weight: int, ld_weight: int, bias: int, fresh: bool, round_weight: bool
+    ) -> None: ...
 
 class Dtype:
     float32: Dtype

@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_kernels.backends import gae as torch_gae
 from rlhf_kernels.backends import resolve
+from rlhf_kernels.backends.gae import implementation
 from rlhf_kernels.checks import cu_seqlens_of, float_tensor, holds, is_number, shaped, wants
 from rlhf_kernels.estimators import VALUES, kl_estimate
 from rlhf_kernels.segments import group_layout, segment_sum
+
+EPS = 1e-8  # added to the variance in whitening
 
 
 def gae(
@@ -34,7 +36,8 @@ def gae(
 
     ``A[t] = delta[t] + gamma * lam * A[t']`` with ``delta[t] = r[t] + gamma * V[t'] - V[t]``, where t' is the next row
     *with mask*: tool output and observations are stepped over as if they were not there; neither their values nor
-    the number of them matters. C++ on a CPU, plain torch elsewhere.
+    the number of them matters. C++ on a CPU; on a GPU Triton or CUDA in two launches, whitening included (which then
+    sees advantages before they are rounded to float32); plain torch elsewhere.
 
     Args:
         rewards: [N] reward of each token, any float dtype.
@@ -79,10 +82,13 @@ def gae(
     dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
     r, v = rewards.detach().to(dtype).contiguous(), values.detach().to(dtype).contiguous()
     after = None if bootstrap is None else bootstrap.detach().to(dtype).contiguous()
-    module = resolve("auto", device, dtype) if device.type == "cpu" else torch_gae
-    run = getattr(module, "gae", torch_gae.gae)
-    advantages, returns = run(r, v, cu.contiguous(), None if mask is None else mask.contiguous(), after, gamma, lam)
-    return (_whiten(advantages, mask) if whiten else advantages), returns
+    # Each of them takes float64 too, which heads do not.
+    backend = implementation(resolve("auto", device, torch.float32), device)
+    args = r, v, cu.contiguous(), None if mask is None else mask.contiguous(), after, gamma, lam
+    if whiten and hasattr(backend, "whitened_gae"):
+        return backend.whitened_gae(*args, EPS)
+    advantages, returns = backend.gae(*args)
+    return (_whiten(advantages, mask, eps=EPS) if whiten else advantages), returns
 
 
 def shaped_rewards(
@@ -100,7 +106,7 @@ def shaped_rewards(
     """Per-token rewards of RLHF: ``-beta * kl`` on every row, and the score on the last one with ``mask``.
 
     https://arxiv.org/abs/1909.08593, Eq. 2, spread over tokens; k1 is its estimator
-    (http://joschu.net/blog/kl-approx.html).
+    (http://joschu.net/blog/kl-approx.html). In Triton two launches, in plain torch a dozen.
 
     Args:
         scores: [S] of the reward model, any float dtype.
@@ -144,7 +150,11 @@ def shaped_rewards(
     _check_mask(kept, shape, device)
 
     dtype = torch.promote_types(torch.promote_types(logp.dtype, ref_logp.dtype), torch.float32)
-    estimate = kl_estimate(logp.detach().to(dtype), ref_logp.detach().to(dtype), kl).where(kept, 0.0)
+    scores, logp, ref_logp = (x.detach().to(dtype).contiguous() for x in (scores, logp, ref_logp))
+    backend = implementation(resolve("auto", device, torch.float32), device)
+    if hasattr(backend, "shaped_rewards"):
+        return backend.shaped_rewards(scores, logp, ref_logp, cu.contiguous(), kept.contiguous(), beta, kl, kl_clip)
+    estimate = kl_estimate(logp, ref_logp, kl).where(kept, 0.0)
     priced = estimate if kl_clip is None else estimate.clamp(-kl_clip, kl_clip)
     rows = logp.numel()
     position = torch.arange(rows, device=device)
@@ -152,7 +162,7 @@ def shaped_rewards(
     last = torch.cat([position.new_full((1,), -1), position.where(kept, -1)]).cummax(0).values[cu[1:]]
     last = last.where(last >= cu[:-1], rows)
     rewards = estimate.new_zeros(rows + 1)
-    rewards[last] = scores.detach().to(dtype)
+    rewards[last] = scores
     return (rewards[:rows] - beta * priced).to(dtype), segment_sum(estimate, cu)
 
 
@@ -212,7 +222,7 @@ def whiten(
     mask: Tensor | None = None,
     *,
     shift_mean: bool = True,
-    eps: float = 1e-8,
+    eps: float = EPS,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """``(x - mean) / sqrt(var + eps)`` over the rows with ``mask``, with the biased variance; one row becomes zero.
@@ -242,7 +252,7 @@ def whiten(
 
 
 def _whiten(
-    x: Tensor, mask: Tensor | None, shift_mean: bool = True, eps: float = 1e-8, group: dist.ProcessGroup | None = None
+    x: Tensor, mask: Tensor | None, shift_mean: bool = True, eps: float = EPS, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     values = x.detach().double().where(kept, 0.0)

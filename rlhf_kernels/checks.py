@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,12 +47,37 @@ def shaped(name: str, x: object, shape: tuple[int, ...], device: torch.device, w
     wants(x.device == device, name, x, f"device {device}, where hidden is")
 
 
+class Answer(NamedTuple):
+    """What a GPU will have said about a fact of the data once ``there``."""
+
+    there: Any  # an event
+    fine: Tensor  # [] bool, in memory of the host
+    message: str
+
+
+_awaited: list[Answer] = []
+
+
 def holds(condition: Tensor, message: str) -> None:
-    """Check a fact of the data. Free on a CPU; on a GPU the check runs there and never waits."""
-    if condition.is_cuda:
-        torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
-    elif not bool(condition):
-        raise ValueError(message)
+    """Check a fact of the data. Free on a CPU; on a GPU nobody waits for the answer, which ``report`` reads later."""
+    if not condition.is_cuda:
+        if not bool(condition):
+            raise ValueError(message)
+    elif not torch.cuda.is_current_stream_capturing():  # a captured graph asks nobody
+        fine = torch.empty((), dtype=torch.bool, pin_memory=True)
+        fine.copy_(condition, non_blocking=True)
+        there = torch.cuda.Event()
+        there.record(torch.cuda.current_stream(condition.device))
+        _awaited.append(Answer(there, fine, message))
+
+
+def report() -> None:
+    """Raise the first check of an earlier call that has been found to fail; answers that are not there yet can wait."""
+    while _awaited and _awaited[0].there.query():
+        answer = _awaited.pop(0)
+        if not bool(answer.fine):
+            _awaited.clear()  # what else failed may have failed for the same reason
+            raise ValueError(f"{answer.message} (in an earlier call, which could not wait for the GPU to say so)")
 
 
 def cu_seqlens_of(name: str, cu_seqlens: object, rows: int, device: torch.device, checks: bool = True) -> Tensor:
@@ -98,10 +124,11 @@ def target_arguments(hidden: Tensor, targets: Tensor, per_position: int) -> None
     wants(targets.device == hidden.device, "targets", targets, f"device {hidden.device}, where hidden is")
 
 
-def finite_rows(hidden: Tensor, kept: Tensor | None) -> None:
+def finite_rows(hidden: Tensor, kept: Tensor | None, real: Tensor | None = None) -> None:
     """Kept hidden states hold numbers. One sum per row: no mask as large as hidden is ever made."""
     sums = hidden.sum(-1) if hidden.dtype in (torch.float32, torch.float64) else hidden.sum(-1, dtype=torch.float32)
     sums = sums if kept is None else sums[kept]
+    sums = sums if real is None else sums.where(real, 0.0)
     holds(
         torch.isfinite(sums).all(),
         "hidden: got NaN or infinity in a row whose target is not ignored, wants finite numbers",

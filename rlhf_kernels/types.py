@@ -49,10 +49,11 @@ class HeadOptions(TypedDict, total=False):
     logit_scale: float
     vocab_size: int | None  # columns of a padded weight beyond it do not exist
     ignore_index: int
-    backend: str  # "auto", "eager" or "native"
+    backend: str  # "auto", "eager", "native" or "triton"
     max_bytes: int | None  # most scratch and stash, in bytes, whatever the number of tokens
     weight_grad: Tensor | None  # [V, H] float32: the head's gradient is added here and weight.grad stays None
     loss_scale: float  # with weight_grad: the factor that the loss will be multiplied by before backward
+    max_targets: int | None  # at least the targets that are not ignored: then no call waits for the GPU to count them
     checks: bool  # look into the data (targets in range, nothing NaN)
 
 
@@ -89,21 +90,36 @@ class Tile:
 
 
 class Grads(NamedTuple):
-    """d loss / d statistic for the rows of a tile, in the dtype of the statistics."""
+    """d loss / d statistic for the rows of a tile, in the dtype of the statistics. None is zero, known beforehand."""
 
     logp: Tensor  # [n, K]
-    entropy: Tensor  # [n]
-    lse: Tensor  # [n]
-    mean_logit: Tensor  # [n]
-    kl: Tensor  # [n]
+    entropy: Tensor | None = None  # [n]
+    lse: Tensor | None = None  # [n]
+    mean_logit: Tensor | None = None  # [n]
+    kl: Tensor | None = None  # [n]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Grads:
+        """The same gradients with ``change`` applied to every one that is there."""
+        return Grads(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
+
+    def filled(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All five, zeros where there were none."""
+        zero = self.logp.new_zeros(self.logp.shape[0])
+        logp, *rest = self
+        return (logp, *(zero if x is None else x for x in rest))  # type: ignore[return-value]
 
 
 class Sinks(NamedTuple):
-    """Where a backend leaves its gradients. None: nobody wants it, skip that product."""
+    """Where a backend leaves its gradients. None: nobody wants it, skip that product.
+
+    ``weight`` and ``bias`` are added to. Where they are ``fresh`` they hold nothing yet, not even zeros, and every
+    element is overwritten; only then may ``weight`` be bfloat16, for a bfloat16 head: sums of float32, rounded once.
+    """
 
     hidden: Tensor | None  # [r, H] hidden's dtype, float32 for float16: overwritten, one row per row asked for
-    weight: Tensor | None  # [V, H] float32 (float64 for float64 inputs): added to
-    bias: Tensor | None  # [V], as weight
+    weight: Tensor | None  # [V, H] float32 (float64 for float64 inputs)
+    bias: Tensor | None  # [V] float32 (float64 for float64 inputs)
+    fresh: bool = False
 
 
 class Backend(Protocol):

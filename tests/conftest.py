@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 import rlhf_kernels as rk
 
-BACKENDS = ("eager", "native")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # GPU kernels on the CPU, by Triton's interpreter
+FERRIED = os.environ.get("RLHF_KERNELS_TEST_GPU") == "1"  # GPU kernels on a GPU, under the tests of the CPU
+BACKENDS = ("triton, strips", "triton, fused") if INTERPRETED or FERRIED else ("eager", "native")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:rlhf_kernels runs on the backend 'eager'")  # no compiler, no _C
+    if INTERPRETED:
+        from tests.gpu.interpret import shim
+
+        shim.install()
+        config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The other two runs are for what a GPU kernel computes: tests of backends, in the precisions that it has."""
+    if not (INTERPRETED or FERRIED):
+        return
+
+    def of_a_kernel(item: pytest.Item) -> bool:
+        own = "gpu" in item.path.parts
+        doubles = any(word in item.nodeid for word in ("float64", "gradcheck", "double"))
+        return own or ("backend" in getattr(item, "fixturenames", ()) and not doubles)
+
+    chosen = [item for item in items if of_a_kernel(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What a test wants seen in the log of a run that passes."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, text in report.user_properties:
+            if name == "table":
+                terminalreporter.write_line(f"\n{text}")
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend of the CPU; native is skipped only where the extension was not built."""
-    reason = rk.backends()[request.param]
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every backend of the CPU; native is skipped only where the extension was not built. Or both ways of triton's."""
+    name, _, way = request.param.partition(", ")
+    reason = rk.backends()[name]
     if reason != "ok":
-        assert request.param == "native", f"{request.param} must run everywhere: {reason}"
+        assert name == "native", f"{name} must run everywhere: {reason}"
         pytest.importorskip("rlhf_kernels._C", reason=reason)
         pytest.fail(f"the extension is there, and yet: {reason}")
-    return request.param
+    if way:
+        from tests.gpu import ways
+
+        ways.choose(way, monkeypatch, ferried=FERRIED)
+    return name
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

@@ -8,6 +8,7 @@ inputs the ulps are float64's. Nothing here is typed in by hand but how many ulp
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -176,5 +177,8 @@ def check(
 
 
 def small_budget(p: Problem) -> int:
-    """Room for about seven rows of float32 logits and as many exponentials, so that several passes are needed."""
-    return 7 * p.weight.shape[0] * 8
+    """Room for a few rows of float32 logits and as many exponentials, so that several passes are needed.
+
+    Triton's interpreter is slow, and its backend needs more beside the logits, so it gets room for more.
+    """
+    return (24 if os.environ.get("TRITON_INTERPRET") == "1" else 7) * p.weight.shape[0] * 8

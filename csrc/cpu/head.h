@@ -25,10 +25,12 @@ struct HeadForward {
 
 // What backward leaves: null where nobody wants it.
 struct Sinks {
-  void* hidden;   // [r, H] contiguous, bfloat16 for bfloat16, otherwise float32; overwritten
-  float* weight;  // [V, H], added to
+  void* hidden;  // [r, H] contiguous, bfloat16 for bfloat16, otherwise float32; overwritten
+  void* weight;  // [V, H] float32, or bfloat16 where `round_weight`
   int64_t ld_weight;
-  float* bias;  // [V], added to
+  float* bias;        // [V]
+  bool fresh;         // weight and bias are overwritten, otherwise added to
+  bool round_weight;  // only where fresh
 };
 
 // As GradCall, over the whole vocabulary and on into the sinks; `grad.grad` is not used.

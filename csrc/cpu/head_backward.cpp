@@ -10,6 +10,7 @@ inline namespace RLHF_ISA {
 namespace {
 
 constexpr int64_t CHUNK = 8;  // panels of each operand that meet in the second-level cache
+constexpr int64_t SIDE = CHUNK * LINES;
 
 template <class W>
 class Backward {
@@ -33,6 +34,7 @@ class Backward {
         packed_(2 * (size_by_row + size_by_column + size_weight)),
         hidden_(c.sinks.weight ? panels(size) * LINES * words<W>(rows) : 0),
         total_(rounded ? rows * size : 0),
+        sums_(c.sinks.weight && c.sinks.round_weight ? c.grad.work.threads * SIDE * SIDE : 0),
         grad_hidden(rounded ? static_cast<float*>(total_) : static_cast<float*>(c.sinks.hidden)) {}
 
   // Inside a parallel region. Loops do not wait for their threads; a barrier does.
@@ -127,7 +129,8 @@ class Backward {
       for (int64_t k = 0; k < g.deep; ++k) sum = _mm512_add_ps(sum, G::sum_of(_mm512_load_si512(g.at(j, k))));
       float* bias = c.sinks.bias + s.first + j * LINES;
       const __mmask16 m = first_lanes(s.count - j * LINES);
-      _mm512_mask_storeu_ps(bias, m, _mm512_add_ps(sum, _mm512_maskz_loadu_ps(m, bias)));
+      if (!c.sinks.fresh) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(m, bias));
+      _mm512_mask_storeu_ps(bias, m, sum);
     }
   }
 
@@ -135,9 +138,17 @@ class Backward {
     const Panels g{s.by_column, words<W>(rows), s.count}, hidden{hidden_, words<W>(rows), size};
 #pragma omp for collapse(2) schedule(dynamic) nowait
     for (int64_t i = 0; i < panels(s.count); i += CHUNK)
-      for (int64_t j = 0; j < panels(size); j += CHUNK)
-        multiply<W>(g, i, smaller(i + CHUNK, panels(s.count)), hidden, j, smaller(j + CHUNK, panels(size)),
-                    c.sinks.weight + (s.first + i * LINES) * c.sinks.ld_weight + j * LINES, c.sinks.ld_weight, true);
+      for (int64_t j = 0; j < panels(size); j += CHUNK) {
+        const int64_t at = (s.first + i * LINES) * c.sinks.ld_weight + j * LINES;
+        float* sums = c.sinks.round_weight ? sums_ + this_thread() * SIDE * SIDE
+                                           : static_cast<float*>(c.sinks.weight) + at;
+        multiply<W>(g, i, smaller(i + CHUNK, panels(s.count)), hidden, j, smaller(j + CHUNK, panels(size)), sums,
+                    c.sinks.round_weight ? SIDE : c.sinks.ld_weight, !c.sinks.fresh);
+        if (!c.sinks.round_weight) continue;
+        uint16_t* weight = static_cast<uint16_t*>(c.sinks.weight) + at;
+        for (int64_t k = 0; k < smaller(SIDE, s.count - i * LINES); ++k)
+          round_to_bf16(sums + k * SIDE, weight + k * c.sinks.ld_weight, smaller(SIDE, size - j * LINES));
+      }
   }
 
   void add_to_hidden(const Strip& s) const {
@@ -162,6 +173,7 @@ class Backward {
   const Buffer<float> lines_;  // for each thread: a row of exact gradients, then 16 of those that are multiplied
   const Buffer<uint32_t> packed_, hidden_;
   const Buffer<float> total_;
+  const Buffer<float> sums_;  // for each thread: a block of the weight's gradient that is still to be rounded
   float* const grad_hidden;  // [rows, size]
 };
 

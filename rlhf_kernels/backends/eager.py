@@ -180,10 +180,13 @@ def _grad_logits(
     temperature = column(tile.temperature) if isinstance(tile.temperature, Tensor) else tile.temperature
     log_p = z - column(residual.norm[0]) - column(residual.norm[1])
     p = log_p.exp()
-    g = p * (column(grads.lse) - pick(grads.logp).sum(1, keepdim=True))
-    g -= _zero_times(p, log_p + column(stats.entropy)) * column(grads.entropy)
-    g += column(grads.mean_logit) / width(tile)
-    if tile.reference is not None and residual.z_ref is not None:
+    of_p = -pick(grads.logp).sum(1, keepdim=True)
+    g = p * (of_p if grads.lse is None else of_p + column(grads.lse))
+    if grads.entropy is not None:
+        g -= _zero_times(p, log_p + column(stats.entropy)) * column(grads.entropy)
+    if grads.mean_logit is not None:
+        g += column(grads.mean_logit) / width(tile)
+    if grads.kl is not None and tile.reference is not None and residual.z_ref is not None:
         log_q = pick(residual.z_ref[:, s]) - column(residual.norm_ref[0]) - column(residual.norm_ref[1])
         if tile.reference.direction == "forward":
             g += (p - log_q.exp()) * column(grads.kl)
@@ -196,6 +199,13 @@ def _grad_logits(
     return g.mul_(tile.head.logit_scale).div_(temperature)
 
 
+def _leave(part: Tensor, sink: Tensor, fresh: bool) -> None:
+    if fresh:
+        sink.copy_(part)
+    else:
+        sink += part
+
+
 def backward(
     tile: Tile, residual: Residual, stats: TokenStats, grads: Grads, rows: Tensor | None, sinks: Sinks
 ) -> None:
@@ -205,7 +215,7 @@ def backward(
     for s in _strips(tile):
         g = _grad_logits(tile, residual, stats, grads, rows, s)
         if sinks.bias is not None:
-            sinks.bias[s] += g.sum(0)
+            _leave(g.sum(0), sinks.bias[s], sinks.fresh)
         if weight is None:
             if sinks.hidden is not None:
                 sinks.hidden[:, s] = g
@@ -215,6 +225,6 @@ def backward(
         if total is not None:
             total += _product(g, weight[s])
         if sinks.weight is not None:
-            sinks.weight[s] += _product(g.T, hidden)
+            _leave(_product(g.T, hidden), sinks.weight[s], sinks.fresh)
     if total is not None and sinks.hidden is not None:
         sinks.hidden.copy_(total)

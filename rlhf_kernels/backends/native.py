@@ -94,10 +94,12 @@ def _backward_by_torch(tile: Tile, residual: Residual, grads: Grads, rows: Tenso
                 torch.mm(g, weight[s].to(dtype), out=grad_hidden)
             else:
                 grad_hidden.addmm_(g, weight[s].to(dtype))
-        if sinks.weight is not None:
-            sinks.weight[s].addmm_(g.T, hidden)
+        if sinks.weight is not None and sinks.weight.dtype != dtype:
+            sinks.weight[s] = g.T @ hidden
+        elif sinks.weight is not None:
+            sinks.weight[s].addmm_(g.T, hidden, beta=0 if sinks.fresh else 1)
         if sinks.bias is not None:
-            sinks.bias[s] += g.sum(0)
+            sinks.bias[s] = g.sum(0) if sinks.fresh else sinks.bias[s] + g.sum(0)
     if sinks.hidden is not None and grad_hidden is not None and grad_hidden is not sinks.hidden:
         sinks.hidden.copy_(grad_hidden)
 

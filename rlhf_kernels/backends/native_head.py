@@ -63,6 +63,8 @@ def backward(
         weight=address(sinks.weight),
         ld_weight=0 if sinks.weight is None else sinks.weight.stride(0),
         bias=address(sinks.bias),
+        fresh=sinks.fresh,
+        round_weight=sinks.weight is not None and sinks.weight.dtype == torch.bfloat16,
     )
     _C.head_backward(
         DTYPES[tile.hidden.dtype], policy.c, rows.work(count), address(index), strip_of(z, 0), strip_of(z_ref, 0),

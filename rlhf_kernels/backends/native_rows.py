@@ -127,5 +127,5 @@ class Upstream:
     """d loss / d statistic, laid out for csrc."""
 
     def __init__(self, grads: Grads, dtype: torch.dtype):
-        self._grads = [g.to(dtype).contiguous() for g in grads]
+        self._grads = [g.to(dtype).contiguous() for g in grads.filled()]
         self.c = _C.UpstreamGrads(*(g.data_ptr() for g in self._grads))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks as check
 from rlhf_kernels.backends import resolve
+from rlhf_kernels.engine.kept import Kept
 from rlhf_kernels.types import Backend, Head, HeadOptions, Reference, Tile
 
 MAX_BYTES = {"cpu": 256 * 2**20}  # measured: larger tiles gain under 2 % at a vocabulary of 152k
@@ -27,8 +28,7 @@ class Call:
     head: Head
     targets: Tensor  # [N, K]
     ignored: Tensor | None  # [N, K] bool: ids without a value, in rows that are kept for another id
-    kept: Tensor | None  # ascending indices of the rows that meet the head; None is all
-    rows: int  # how many are kept
+    kept: Kept  # the rows that meet the head
     temperature: float | Tensor  # or [N]
     reference: Reference | None
     backend: Backend
@@ -49,15 +49,16 @@ class Call:
     def vocab(self) -> int:
         return self.hidden.shape[1] if self.head.weight is None else self.head.weight.shape[0]
 
-    def pick(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Kept rows start to stop of a [N, ...] tensor."""
-        return x[start:stop] if self.kept is None else x[self.kept[start:stop]]
+    @property
+    def rows(self) -> int:
+        """How many rows meet the head."""
+        return self.kept.rows
 
     def tile(self, start: int, stop: int, rows: Tensor | None = None) -> Tile:
         """Kept rows start to stop, or only those of them that ``rows`` counts from start."""
 
-        def take(x: Tensor) -> Tensor:
-            x = self.pick(x, start, stop)
+        def take(x: Tensor, fill: float = 0) -> Tensor:
+            x = self.kept.pick(x, start, stop, fill)
             return x if rows is None else x[rows]
 
         temperature, ref = self.temperature, self.reference
@@ -65,7 +66,7 @@ class Call:
             hidden=take(self.hidden).contiguous(),
             head=self.head,
             targets=take(self.targets),
-            temperature=take(temperature) if isinstance(temperature, Tensor) else temperature,
+            temperature=take(temperature, 1.0) if isinstance(temperature, Tensor) else temperature,
             reference=None if ref is None else replace(ref, hidden=take(ref.hidden).contiguous()),
         )
 
@@ -106,14 +107,11 @@ def _reference(
     return Reference(ref_hidden.detach().reshape(-1, width), _head(ref_hidden, ref_weight, vocab, options), direction)
 
 
-def _kept(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+def _kept(targets: Tensor, ignore_index: int, max_targets: int | None) -> tuple[Tensor, Tensor | None, Kept]:
     """Targets with ids in place of the ignored ones, which ids those are, and the rows left over."""
     ignored = targets == ignore_index
-    alive = ~ignored.all(1)
-    kept = alive.nonzero().squeeze(1)  # the one host synchronisation of a call
-    rows = kept.numel()
     partly = ignored if targets.shape[1] > 1 else None
-    return targets.masked_fill(ignored, 0), partly, None if rows == targets.shape[0] else kept, rows
+    return targets.masked_fill(ignored, 0), partly, Kept.of(~ignored.all(1), max_targets)
 
 
 def _head(hidden: Tensor, weight: Tensor | None, vocab: int, options: HeadOptions) -> Head:
@@ -154,6 +152,7 @@ def prepare(
     **options: Unpack[HeadOptions],
 ) -> Call:
     """Check every argument of the head, before any work starts."""
+    check.report()
     unknown = options.keys() - HeadOptions.__annotations__.keys()
     if unknown:
         raise TypeError(
@@ -186,26 +185,29 @@ def prepare(
     )
 
     flat = targets.reshape(hidden.shape[:-1].numel(), -1).long() if targets.numel() else targets.reshape(0, 1).long()
-    clean, partly, kept, rows = _kept(flat, options.get("ignore_index", -100))
+    most = options.get("max_targets")
+    fits = most is None or (isinstance(most, int) and most > 0)
+    check.wants(fits, "max_targets", most, "a positive whole number, or None")
+    most = None if most is None else min(most, flat.shape[0])
+    clean, partly, kept = _kept(flat, options.get("ignore_index", -100), most or None)
     rows_of_hidden = hidden.detach().reshape(-1, hidden.shape[-1])
     with_checks = options.get("checks", True)
-    if with_checks and rows:
+    if with_checks and kept.rows:
         check.holds(
             ((clean >= 0) & (clean < vocab)).all(),
             f"targets: got ids from {int(clean.min())} to {int(clean.max())}, wants 0 to {vocab - 1} or ignore_index"
             if not clean.is_cuda
             else "targets: an id is outside the vocabulary",
         )
-        check.finite_rows(rows_of_hidden, kept) if weight is not None else None
+        check.finite_rows(rows_of_hidden, kept.index, kept.real) if weight is not None else None
         if isinstance(temperature, Tensor):
-            at = temperature if kept is None else temperature[kept]
+            at = kept.pick(temperature, 0, kept.rows, 1.0)
             check.holds(((at > 0) & torch.isfinite(at)).all(), "temperature: wants positive finite numbers")
     return Call(
         head=built,
         targets=clean,
         ignored=partly,
         kept=kept,
-        rows=rows,
         temperature=temperature,
         reference=reference,
         backend=resolve(options.get("backend", "auto"), hidden.device, hidden.dtype),

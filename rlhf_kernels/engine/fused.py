@@ -14,7 +14,7 @@ from rlhf_kernels import checks as check
 from rlhf_kernels.engine.call import Call, RefArgument, cast_inputs, prepare
 from rlhf_kernels.engine.op import padded
 from rlhf_kernels.engine.span import Gradients, Span, stats_dtype
-from rlhf_kernels.types import Grads, HeadOptions, LossOutput, Objective
+from rlhf_kernels.types import Grads, HeadOptions, LossOutput, Objective, TokenStats
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,11 @@ class Batch:
 
 def _stream(call: Call, batch: Batch, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, dict[str, Tensor], Gradients]:
     """Loss, metrics and gradients; the latter times ``call.loss_scale``."""
-    into = Gradients.zeros(call, wanted)
+    into = Gradients.of(call, wanted)
     loss = torch.zeros((), dtype=stats_dtype(call.hidden.dtype), device=call.hidden.device)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
+    if call.kept.real is not None:
+        loss, sums = _of_nothing(batch, call.kept.real, loss)
     for start, stop, first, last in batch.spans(call.rows, call.tile_rows()):
         span = Span(call, start, stop, any(wanted))
         part, metrics, grads = _objective(call, batch, span, first, last, any(wanted))
@@ -55,7 +57,18 @@ def _stream(call: Call, batch: Batch, wanted: tuple[bool, bool, bool]) -> tuple[
         for name, (total, count) in metrics.items():
             before = sums.get(name)
             sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
-    return loss, {name: total / count.clamp(min=1e-30) for name, (total, count) in sums.items()}, into
+    return loss, {name: total / count.clamp(min=1e-30) for name, (total, count) in sums.items()}, into.filled()
+
+
+def _of_nothing(batch: Batch, real: Tensor, zero: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Minus what rows that stand for nothing will contribute: they are all alike, and objectives are additive."""
+    blank = zero.new_zeros(1)
+    count = real.numel() - real.sum()
+    given = [x.new_zeros(1) for x in batch.per_token]
+    stats = TokenStats(blank, blank, blank, blank, blank, blank)
+    with torch.no_grad():
+        value, metrics = batch.objective(stats, None, *given)
+    return zero - count * value, {name: (-count * x, -count * n) for name, (x, n) in metrics.items()}
 
 
 def _objective(
@@ -63,8 +76,9 @@ def _objective(
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], Grads]:
     """The objective's value on one span, and its gradient with respect to the span's statistics."""
     stats = span.stats._replace(logp=span.stats.logp.squeeze(1))
+    stats = stats.each(lambda x: call.kept.only_real(x, span.start))
     cu = None if batch.cu_kept is None else batch.cu_kept[first : last + 1].to(call.hidden.device) - span.start
-    tokens = [call.pick(x, span.start, span.stop) for x in batch.per_token]
+    tokens = [call.kept.pick(x, span.start, span.stop) for x in batch.per_token]
     leaves = stats.each(lambda x: x.detach().requires_grad_(wants_grad))
     with torch.set_grad_enabled(wants_grad):
         value, metrics = batch.objective(leaves, cu, *tokens, *(x[first:last] for x in batch.per_sequence))
@@ -77,9 +91,10 @@ def _objective(
         asked = [x for x in named if x is not None]
         answers = iter(torch.autograd.grad(value, asked, allow_unused=True))
         found = [None if x is None else next(answers) for x in named]
-    zero = torch.zeros_like(leaves.logp, requires_grad=False)
-    grads = [zero if g is None else g * call.loss_scale if call.loss_scale != 1.0 else g for g in found]
-    return value.detach(), metrics, Grads(grads[0][:, None], *grads[1:])
+    logp, *rest = (g if g is None or call.loss_scale == 1.0 else g * call.loss_scale for g in found)
+    logp = torch.zeros_like(leaves.logp, requires_grad=False) if logp is None else logp
+    grads = Grads(logp[:, None], *rest)
+    return value.detach(), metrics, grads.each(lambda g: call.kept.only_real(g, span.start))
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -135,11 +150,13 @@ def _batch(
     check.wants(isinstance(unit, int) and unit > 0, "unit", unit, "a positive whole number of sequences")
     rows, device = call.targets.shape[0], call.hidden.device
     cu_kept = None
+    bounded = call.kept.real is not None
+    check.wants(cu_seqlens is None or not bounded, "max_targets", "a bound", "None where a loss needs whole sequences")
     if cu_seqlens is not None:
         cu = check.cu_seqlens_of("cu_seqlens", cu_seqlens, rows, device, call.checks)
         sequences = cu.numel() - 1
         check.wants(sequences % unit == 0, "cu_seqlens", cu_seqlens, f"a multiple of {unit} sequences, got {sequences}")
-        cu_kept = (cu if call.kept is None else torch.searchsorted(call.kept, cu)).cpu()
+        cu_kept = (cu if call.kept.index is None else torch.searchsorted(call.kept.index, cu)).cpu()
     else:
         check.wants(not per_sequence and unit == 1, "cu_seqlens", None, "a tensor where there are sequences")
     for i, x in enumerate(per_token):
@@ -180,7 +197,8 @@ def fused_loss(
         weight: [V, H] language-model head, of the same dtype.
         targets: [...] int64 token of each position; rows with ``ignore_index`` never meet the head.
         objective: ``objective(stats, cu_seqlens, *per_token, *per_sequence) -> (scalar, {name: (sum, count)})``.
-            It sees kept rows only, ``cu_seqlens`` counting them, and must be additive over units.
+            It sees kept rows only, ``cu_seqlens`` counting them, and must be additive over units (and, with
+            ``max_targets``, finite where all that it is given is zero).
         per_token: tensors shaped like ``targets``; values at ignored positions never matter.
         per_sequence: tensors [S, ...].
         cu_seqlens: [S+1] boundaries of the given rows, ignored ones included.

@@ -44,9 +44,10 @@ class _TokenStats(torch.autograd.Function):
         call: Call = ctx.call.bind(hidden, weight, bias)
         grads = _gather(upstream, call)
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        into = Gradients.zeros(call, wanted)
+        into = Gradients.of(call, wanted)
         ctx.span.call = call
         ctx.span.backward(grads, into)
+        into.filled()
         return (
             padded(None if into.hidden is None else into.hidden.view(hidden.shape), hidden, hidden.dtype),
             None if call.weight_grad is not None else padded(into.weight, weight, hidden.dtype),
@@ -59,22 +60,23 @@ class _TokenStats(torch.autograd.Function):
 def _scatter(x: Tensor, call: Call) -> Tensor:
     """From kept rows to all rows, zero elsewhere."""
     if x.dim() == 2 and call.ignored is not None:
-        x = x.masked_fill(call.pick(call.ignored, 0, call.rows), 0.0)
-    if call.kept is None:
+        x = x.masked_fill(call.kept.pick(call.ignored, 0, call.rows), 0.0)
+    if call.kept.index is None:
         return x
-    return x.new_zeros(call.targets.shape[0], *x.shape[1:]).index_copy_(0, call.kept, x)
+    full = x.new_zeros(call.targets.shape[0], *x.shape[1:])
+    call.kept.put(x, 0, full)
+    return full
 
 
 def _gather(upstream: tuple[Tensor | None, ...], call: Call) -> Grads:
-    """From all rows to kept rows; what nobody asked for is zero."""
-    logp, entropy, lse, mean_logit, _, *kl = (None if g is None else call.pick(g, 0, call.rows) for g in upstream)
-    zero = torch.zeros(call.rows, dtype=stats_dtype(call.hidden.dtype), device=call.hidden.device)
+    """From all rows to kept rows; what nobody asked for is None."""
+    logp, entropy, lse, mean_logit, _, *kl = (None if g is None else call.kept.pick(g, 0, call.rows) for g in upstream)
     if logp is None:
-        logp = zero[:, None].expand(-1, call.targets.shape[1])
+        dtype, device = stats_dtype(call.hidden.dtype), call.hidden.device
+        logp = torch.zeros(call.rows, call.targets.shape[1], dtype=dtype, device=device)
     elif call.ignored is not None:
-        logp = logp.masked_fill(call.pick(call.ignored, 0, call.rows), 0.0)
-    rest = (entropy, lse, mean_logit, kl[0] if kl else None)
-    return Grads(logp, *(zero if g is None else g for g in rest))
+        logp = logp.masked_fill(call.kept.pick(call.ignored, 0, call.rows), 0.0)
+    return Grads(logp, entropy, lse, mean_logit, kl[0] if kl else None)
 
 
 def _run(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> tuple[Tensor, ...]:

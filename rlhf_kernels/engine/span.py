@@ -6,7 +6,8 @@ another, each as large as the byte budget allows, so that it never recomputes.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,26 +21,44 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Gradients(NamedTuple):
+@dataclass(eq=False)
+class Gradients:
     """Where the gradients of a whole call end up. None: nobody wants it."""
 
     hidden: Tensor | None  # [N, H]
     weight: Tensor | None  # [V, H]
     bias: Tensor | None  # [V]
+    fresh: bool  # weight and bias hold nothing yet, not even zeros
 
     @staticmethod
-    def zeros(call: Call, wanted: tuple[bool, bool, bool]) -> Gradients:
+    def of(call: Call, wanted: tuple[bool, bool, bool]) -> Gradients:
+        """Nothing found so far. Weight and bias are for the first piece to fill, or for ``filled``."""
         full = stats_dtype(call.hidden.dtype)
         # float16 has no room for gradients that are still to be scaled
         dtype = full if call.hidden.dtype == torch.float16 else call.hidden.dtype
-        weight, bias = call.head.weight, call.head.bias
-        fresh_weight = wanted[1] and weight is not None and call.weight_grad is None
-        return Gradients(
-            hidden=call.hidden.new_zeros(call.hidden.shape, dtype=dtype) if wanted[0] else None,
-            weight=weight.new_zeros(weight.shape, dtype=full) if fresh_weight and weight is not None
-            else call.weight_grad[: call.vocab] if wanted[1] and call.weight_grad is not None else None,
-            bias=torch.zeros_like(bias, dtype=full) if wanted[2] and bias is not None else None,
-        )  # fmt: skip
+        given, weight, bias = call.weight_grad, call.head.weight, call.head.bias
+        if not wanted[1] or weight is None:
+            weight = None
+        elif given is not None:
+            weight = given[: call.vocab]
+        else:  # what several pieces add up to is rounded after the last of them
+            once = call.rows <= call.tile_rows()
+            weight = weight.new_empty(weight.shape, dtype=dtype if once else full)
+        if not wanted[2] or bias is None:
+            bias = None
+        else:
+            bias = bias.new_empty(bias.shape, dtype=full) if given is None else bias.new_zeros(bias.shape, dtype=full)
+        hidden = call.hidden.new_zeros(call.hidden.shape, dtype=dtype) if wanted[0] else None
+        return Gradients(hidden, weight, bias, fresh=given is None)
+
+    def filled(self) -> Gradients:
+        """The same, zero where no row had a gradient."""
+        if self.fresh:
+            for g in (self.weight, self.bias):
+                if g is not None:
+                    g.zero_()
+        self.fresh = False
+        return self
 
 
 def _pieces(start: int, stop: int, rows: int) -> list[tuple[int, int]]:
@@ -81,34 +100,39 @@ class Span:
 
     def backward(self, grads: Grads, into: Gradients) -> None:
         """Add the gradients of these rows; rows whose gradient is exactly zero are skipped. Uses up the residuals."""
-        if into == (None, None, None):
-            return
         for a, b, residual in self.pieces:
             part = slice(a - self.start, b - self.start)
-            here = Grads(*(g[part] for g in grads))
+            here = grads.each(lambda g, part=part: g[part])
             self._piece(a, b, residual, self.stats.each(lambda x, part=part: x[part]), here, into)
         self.pieces = [(a, b, None) for a, b, _ in self.pieces]
 
     def _piece(self, a: int, b: int, residual: Any, stats: TokenStats, grads: Grads, into: Gradients) -> None:
         call = self.call
-        active = (grads.logp != 0).any(1)
-        for g in grads[1:]:
-            active |= g != 0
-        rows = active.nonzero().squeeze(1)
-        if rows.numel() == 0:
+        rows = None if call.kept.real is not None else _active(grads)
+        if a == b or (rows is not None and rows.numel() == 0):
             return
-        some = None if rows.numel() == b - a else rows
-        at = torch.arange(a, b, device=active.device)[active] if call.kept is None else call.kept[a:b][rows]
-        tile = call.tile(a, b)
+        some = None if rows is None or rows.numel() == b - a else rows
+        tile, chosen = call.tile(a, b), some
         if residual is None:
             if some is not None:  # nothing is remembered, so only the rows that matter are computed again
-                tile, some = call.tile(a, b, rows), None
-                grads = Grads(*(g[rows] for g in grads))
+                tile, some, grads = call.tile(a, b, chosen), None, grads.each(lambda g: g[chosen])
             stats, residual = call.backend.forward(tile)
-        direct = into.hidden is not None and call.kept is None and rows.numel() == b - a
-        out = None
+        out, direct = None, call.kept.index is None and chosen is None
         if into.hidden is not None:
-            out = into.hidden[a:b] if direct else into.hidden.new_empty(rows.numel(), into.hidden.shape[1])
-        call.backend.backward(tile, residual, stats, grads, some, Sinks(out, into.weight, into.bias))
+            count = b - a if chosen is None else chosen.numel()
+            out = into.hidden[a:b] if direct else into.hidden.new_empty(count, into.hidden.shape[1])
+        call.backend.backward(tile, residual, stats, grads, some, Sinks(out, into.weight, into.bias, into.fresh))
+        into.fresh = False
         if into.hidden is not None and out is not None and not direct:
-            into.hidden.index_copy_(0, at, out)
+            call.kept.put(out, a, into.hidden, chosen)
+
+
+def _active(grads: Grads) -> Tensor | None:
+    """Rows with a gradient of any statistic that is not zero. None on a GPU, where to count them is to wait for it."""
+    if grads.logp.is_cuda:
+        return None
+    active = (grads.logp != 0).any(1)
+    for g in grads[1:]:
+        if g is not None:
+            active |= g != 0
+    return active.nonzero().squeeze(1)

@@ -1,0 +1,52 @@
+"""Every GPU kernel once on small, ragged shapes, for compute-sanitizer, which slows a kernel a hundredfold."""
+
+from __future__ import annotations
+
+import torch
+
+import rlhf_kernels as rk
+from rlhf_kernels.backends import triton as backend
+from rlhf_kernels.backends.triton import table
+
+
+def head(dtype: torch.dtype, size: int, device: str) -> None:
+    """All statistics and gradients, with all that a head can have."""
+    n, vocab = 70, 517
+    rng = torch.Generator(device).manual_seed(0)
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng, device=device).to(dtype)
+
+    hidden, weight, bias = new(n, size).requires_grad_(), new(vocab, size).requires_grad_(), new(vocab)
+    targets = torch.randint(vocab, (n,), generator=rng, device=device)
+    targets[::5] = -100
+    options = {"backend": "triton", "bias": bias, "softcap": 20.0, "temperature": torch.ones(n, device=device)}
+    stats = rk.token_stats(hidden, weight, targets, **options)
+    kl = rk.kl_divergence(hidden, weight, new(n, size), new(vocab, size), targets, backend="triton")
+    given = rk.token_stats_from_logits(new(n, vocab).requires_grad_(), targets, backend="triton")
+    (stats.logp.sum() + stats.entropy.sum() + kl.sum() + given.logp.sum()).backward()
+    old, advantages = torch.zeros(n, device=device), torch.randn(n, generator=rng, device=device)
+    rk.ppo_loss(hidden, weight, targets, old, advantages, backend="triton").loss.backward()
+
+
+def main() -> None:
+    device = "cpu" if backend.INTERPRETED else "cuda"
+    listed = table.entry(torch.device(device))
+    for way in ("strips", "fused"):
+        here = listed.by(way)
+        backend.entry = lambda device, here=here: here
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for size in (64, 37):
+                head(dtype, size, device)
+    n = 5000
+    cu_seqlens = torch.tensor([0, 1, 1, 700, n], device=device)
+    mask = torch.arange(n, device=device) % 7 != 0
+    rewards, values = torch.randn(n, device=device) * mask, torch.randn(n, device=device)
+    rk.gae(rewards, values, cu_seqlens, mask=mask, bootstrap=torch.randn(4, device=device), whiten=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Everything there is to run on a GPU, in parts of less than ten minutes that can be repeated one by one:
+#
+#   bash benchmarks/gpu_suite.sh OUT                  all parts that OUT does not hold yet
+#   bash benchmarks/gpu_suite.sh OUT probe head       these parts only
+#
+# Parts: build probe tests kernels head gae sanitizer. Needs torch 2.11 or newer, triton, pytest and, for build, a C++
+# compiler, pybind11 and ninja; nvcc makes the CUDA kernels. Nothing is downloaded. A part that fails is said so at the
+# end, in the exit status and in OUT/<part>.log; the others run all the same. Commit OUT/gpu-*.json to
+# benchmarks/results: they hold the device, the versions and a hash of the kernel sources.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?usage: bash benchmarks/gpu_suite.sh OUT [part ...]}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+shift
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(build probe tests kernels head gae sanitizer)
+python=${PYTHON:-python3}
+device=${RLHF_KERNELS_SUITE_DEVICE:-cuda} # cpu: a dry run at tiny sizes
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+# the tests that the CPU backends pass too, and the files that only a GPU can run
+judged=(tests/test_token_stats.py tests/test_numerics.py tests/test_every_loss.py tests/test_fused_loss.py)
+
+part_build() { RLHF_KERNELS_EXT=1 "$python" setup.py -q build_ext --inplace && "$python" -c 'import rlhf_kernels as rk; print(rk.backends())'; }
+part_probe() { "$python" benchmarks/gpu_probe.py --out "$out/gpu-probe.json" $([ "$device" = cpu ] && echo --device cpu); }
+part_tests() { "$python" -m pytest -q -x tests/gpu/device; }
+part_kernels() {
+  if [ "$device" = cpu ]; then TRITON_INTERPRET=1 "$python" -m pytest -q -x "${judged[1]}" -k equal_logits
+  else RLHF_KERNELS_TEST_GPU=1 "$python" -m pytest -q "${judged[@]}"; fi
+}
+part_head() { "$python" benchmarks/gpu_head.py --device "$device" --out "$out/gpu-head.json"; }
+part_gae() { "$python" benchmarks/gpu_gae.py --device "$device" --out "$out/gpu-gae.json"; }
+part_sanitizer() {
+  local tool
+  [ "$device" = cpu ] && { echo "the sanitizer needs a GPU"; return 0; }
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; return 1; }
+  for tool in memcheck racecheck; do
+    compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/gpu_small.py || return 1
+  done
+}
+
+failed=()
+for part in "${parts[@]}"; do
+  if [ -e "$out/$part.done" ]; then
+    echo "== $part: done before"
+    continue
+  fi
+  echo "== $part"
+  began=$SECONDS
+  if timeout 590 bash -c "$(declare -p out python device judged); $(declare -f "part_$part"); part_$part" >"$out/$part.log" 2>&1; then
+    touch "$out/$part.done"
+    tail -n 30 "$out/$part.log"
+    echo "== $part: $((SECONDS - began)) s"
+  else
+    tail -n 30 "$out/$part.log"
+    echo "== $part: FAILED after $((SECONDS - began)) s, see $out/$part.log"
+    failed+=("$part")
+  fi
+done
+[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

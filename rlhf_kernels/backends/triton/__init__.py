@@ -1,0 +1,208 @@
+"""The GPU backend: Triton kernels fold logits while they are near, the vendor's products do what is left.
+
+Two ways lead to the statistics. Fused: a product of ours folds its tiles in registers (``head.py``). In strips: the
+vendor's product leaves a strip of float32 logits, and one pass folds it (``rows.py``). A committed table decides.
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.backends.triton.backward import from_exponentials, from_logits
+from rlhf_kernels.backends.triton.finish import anchors, finish
+from rlhf_kernels.backends.triton.head import fold_head
+from rlhf_kernels.backends.triton.operands import Operand, Rows, describable, rows_of
+from rlhf_kernels.backends.triton.products import product
+from rlhf_kernels.backends.triton.rows import fold_rows, piece
+from rlhf_kernels.backends.triton.table import Blocks, Entry, entry
+from rlhf_kernels.backends.triton_gae import gae, whitened_gae
+from rlhf_kernels.backends.triton_rewards import shaped_rewards
+from rlhf_kernels.types import Grads, Sinks, Tile, TokenStats
+
+__all__ = ["backward", "forward", "gae", "residual_bytes", "score", "shaped_rewards", "whitened_gae"]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then the kernels run on CPU tensors, slowly
+PLANES, PLANES_WITH_REFERENCE = 4, 7
+
+
+class Residual(NamedTuple):
+    """What the backward needs: bfloat16 exponentials, or float32 logits, or nothing but the given logits."""
+
+    kept: Tensor  # [n, V]
+    kept_ref: Tensor | None
+    norms: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # anchor and log sum e; the reference's
+
+
+def residual_bytes(tile: Tile) -> int:
+    """Bytes per row of what is kept, of a strip of logits, of partial sums, and of what is as long as hidden states."""
+    rows = rows_of(tile)
+    if rows.policy.weight is None:
+        return rows.vocab // 16 + 1024
+    here = entry(tile.hidden.device)
+    kept = rows.vocab * (2 if rows.keeps_exponentials else 10 if rows.reference else 4)
+    strips = 1 if rows.keeps_exponentials else 0
+    tiles = sum(-(-rows.vocab // b.BLOCK_V) for b in Plan.of(rows, here)[2:4])
+    partials = 4 * (PLANES_WITH_REFERENCE if rows.reference else PLANES) * tiles
+    return kept + strips * 4 * min(here.strip, rows.vocab) + partials + 8 * rows.policy.size + 1024
+
+
+def score(tile: Tile) -> TokenStats:
+    """Statistics only."""
+    return _statistics(rows_of(tile), None, None)[0]
+
+
+def forward(tile: Tile) -> tuple[TokenStats, Residual]:
+    """Statistics and residual."""
+    rows = rows_of(tile)
+    kept, kept_ref = rows.policy.hidden, None
+    if rows.policy.weight is not None:
+        kept = _rows_of_logits(rows, torch.bfloat16 if rows.keeps_exponentials else torch.float32)
+        kept_ref = _rows_of_logits(rows, torch.float32) if rows.reference else None
+    stats, norms = _statistics(rows, kept if rows.policy.weight is not None else None, kept_ref)
+    return stats, Residual(kept, kept_ref, norms)
+
+
+def backward(
+    tile: Tile, residual: Residual, stats: TokenStats, grads: Grads, rows: Tensor | None, sinks: Sinks
+) -> None:
+    """Gradients into the sinks."""
+    if rows is not None:
+        tile, stats, grads, residual = _only(tile, stats, grads, residual, rows)
+    given = rows_of(tile)
+    plain = grads.entropy is None and grads.lse is None and grads.mean_logit is None and grads.kl is None
+    plain = plain and given.targets.shape[1] == 1 and given.policy.softcap is None and sinks.bias is None
+    if plain and given.keeps_exponentials and given.policy.weight is not None:
+        from_exponentials(given, residual.kept, residual.norms, stats, grads, sinks)
+    else:
+        here = entry(tile.hidden.device)
+        from_logits(given, residual.kept, residual.kept_ref, residual.norms, stats, grads, sinks, here)
+
+
+def _only(
+    tile: Tile, stats: TokenStats, grads: Grads, residual: Residual, rows: Tensor
+) -> tuple[Tile, TokenStats, Grads, Residual]:
+    def pick(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[rows]
+
+    t = tile.temperature
+    reference = None if tile.reference is None else tile.reference.__class__(
+        tile.reference.hidden[rows], tile.reference.head, tile.reference.direction
+    )  # fmt: skip
+    some = Tile(tile.hidden[rows], tile.head, tile.targets[rows], t[rows] if isinstance(t, Tensor) else t, reference)
+    norms = tuple(pick(x) for x in residual.norms)
+    left = Residual(residual.kept[rows], pick(residual.kept_ref), norms)  # type: ignore[arg-type]
+    return some, stats.each(lambda x: x[rows]), grads.each(lambda g: g[rows]), left
+
+
+class Plan(NamedTuple):
+    """Which way a tile goes."""
+
+    fused: bool
+    tma: bool
+    blocks: Blocks
+    rescue: Blocks
+    precision: str  # of products of float32: torch's own setting decides, as it does for torch.mm
+
+    @staticmethod
+    def of(rows: Rows, here: Entry) -> Plan:
+        operands = [o for o in (rows.policy, rows.reference) if o is not None]
+        half = rows.policy.hidden.element_size() == 2
+        tma = here.tma and half and all(map(describable, operands))
+        fused = rows.policy.weight is not None and max(o.size for o in operands) <= (
+            here.fused_up_to if half else here.fused_full_up_to
+        )
+        rescue = here.plain if half else here.full
+        mine = here.pair if rows.reference else here.half
+        capped = any(o.softcap is not None for o in operands)  # a tanh takes registers that large tiles do not have
+        large = half and tma == here.tma and not capped
+        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else here.precise
+        return Plan(fused, tma, mine if large else rescue, rescue, precision)
+
+
+def _rows_of_logits(rows: Rows, dtype: torch.dtype) -> Tensor:
+    """[n, V] of a row stride that products and wide stores like."""
+    stride = -(-rows.vocab // 64) * 64
+    return torch.empty(rows.count, stride, dtype=dtype, device=rows.targets.device)[:, : rows.vocab]
+
+
+def _statistics(
+    rows: Rows, kept: Tensor | None, kept_ref: Tensor | None
+) -> tuple[TokenStats, tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+    N, K = rows.targets.shape
+    policy, ref, device = rows.policy, rows.reference, rows.targets.device
+    here = entry(device)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    anchor, anchor_ref, flags = new(N), new(N) if ref else None, new(N, dtype=torch.int8)
+    own = torch.full((N, K), torch.nan, device=device)  # and NaN it stays where a target is no column
+    columns = [new(N) for _ in range(4)]  # entropy, lse, mean_logit, top1
+    kl = new(N) if ref else None
+    stats = TokenStats(new(N, K), columns[0], columns[1], columns[2], columns[3], kl)
+    log_s, log_s_ref = new(N), new(N) if ref else None
+    norms = (anchor, log_s, anchor_ref, log_s_ref)
+    if N == 0:
+        return stats, norms
+    anchors(rows, policy, anchor, here.pieces)
+    if ref and anchor_ref is not None:
+        anchors(rows, ref, anchor_ref, here.pieces)
+
+    planes, plan, size = (
+        PLANES_WITH_REFERENCE if ref else PLANES,
+        Plan.of(rows, here),
+        piece(rows.vocab, here.pieces.columns),
+    )
+    partials = new(planes, -(-rows.vocab // (plan.blocks.BLOCK_V if plan.fused else size)), N)
+    end = (own, anchor, anchor_ref, flags, tuple(stats), log_s, log_s_ref)
+    if plan.fused:
+        fold_head(rows, anchor, anchor_ref, None, partials, own, kept, kept_ref, plan.blocks, plan.tma, plan.precision)
+    elif policy.weight is None:
+        fold_rows(rows, 0, policy.hidden, None, anchor, None, None, partials, own, None, None, here.pieces)
+    else:
+        _fold_strips(rows, anchor, anchor_ref, partials, own, kept, kept_ref, here)
+    finish(rows, partials, *end, rescue=False)
+
+    # Rows far from their anchor, once more from their largest logit. Who they are only the device knows.
+    if policy.weight is None:
+        fold_rows(rows, 0, policy.hidden, None, anchor, None, flags, partials, own, None, None, here.pieces)
+    else:
+        partials = new(planes, -(-rows.vocab // plan.rescue.BLOCK_V), N)
+        fold_head(rows, anchor, anchor_ref, flags, partials, own, kept, kept_ref, plan.rescue, False, plan.precision)
+    finish(rows, partials, *end, rescue=True)
+    return stats, norms
+
+
+def _fold_strips(
+    rows: Rows, anchor: Tensor, anchor_ref: Tensor | None, partials: Tensor, own: Tensor, kept: Tensor | None,
+    kept_ref: Tensor | None, here: Entry,
+) -> None:  # fmt: skip
+    """The vendor's product a strip at a time. Logits that are kept in float32 are made where they stay."""
+    N, V, width, device = rows.count, rows.vocab, here.strip, rows.targets.device
+
+    def scratch() -> Tensor:
+        return torch.empty(N * min(width, V), dtype=torch.float32, device=device)
+
+    direct = kept is not None and kept.dtype == torch.float32
+    memory = None if direct else scratch()
+    memory_ref = None if kept_ref is not None or rows.reference is None else scratch()
+
+    def strip(operand: Operand, first: int, stays: Tensor | None, memory: Tensor | None) -> Tensor:
+        last = min(first + width, V)
+        assert operand.weight is not None
+        if memory is None:
+            assert stays is not None
+            out = stays[:, first:last]
+        else:
+            out = memory[: N * (last - first)].view(N, last - first)
+        return product(operand.hidden, operand.weight[first:last].T, out=out)
+
+    for first in range(0, V, width):
+        z = strip(rows.policy, first, kept, memory)
+        z_ref = strip(rows.reference, first, kept_ref, memory_ref) if rows.reference else None
+        fold_rows(rows, first, z, z_ref, anchor, anchor_ref, None, partials, own, kept, kept_ref, here.pieces)

@@ -1,0 +1,105 @@
+"""From what the forward kept to gradients of logits, in place: the one line of calculus.
+
+dz_v = p_v (g_lse - g_logp - g_entropy (log p_v + entropy) + g_kl (log p_v - log q_v - kl)) + g_mean / V
+       + g_logp [v = target], and back through temperature, softcap and scale.
+
+Legend: N rows, V vocabulary, K targets.
+"""
+
+# Triton's types are no Python types.
+# pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportCallIssue=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlhf_kernels.backends.triton.calculus import LN2, exponentials, row_scale, to_logits, weighted
+from rlhf_kernels.backends.triton.operands import Rows
+from rlhf_kernels.backends.triton.table import Pieces
+from rlhf_kernels.types import Grads, TokenStats
+
+
+@triton.jit
+def gradient_kernel(
+    kept, kept_ref, bias, out, anchor, log_s, anchor_ref, log_s_ref, entropy, kl, targets, temperature,
+    g_logp, g_entropy, g_lse, g_mean, g_kl,
+    N, V, ld_kept, ld_ref, ld_out, scale, softcap, per_t,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, EXP: tl.constexpr, RAW: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PER_TOKEN: tl.constexpr, HAS_REF: tl.constexpr,
+    FORWARD_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_MEAN: tl.constexpr,
+):  # fmt: skip
+    """One piece of a few rows. ``kept`` holds exponentials (EXP), logits, or logits before bias and all else (RAW)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    in_n, in_v = row < N, columns < V
+    inside = in_n & in_v
+    a, norm = tl.load(anchor + row, mask=in_n, other=0.0), tl.load(log_s + row, mask=in_n, other=0.0)
+    per_row = row_scale(temperature, per_t, row, in_n, PER_TOKEN)
+    x = tl.load(kept + row * ld_kept + columns, mask=inside, other=0.0).to(tl.float32)
+    if EXP:
+        # an exponential that underflowed has no logarithm, and no weight either
+        log_p = tl.where(x > 0, tl.log2(tl.where(x > 0, x, 1.0)) * LN2 - norm, float("-inf"))
+        p = x * exponentials(-norm)
+        z = log_p + norm + a
+    else:
+        z = to_logits(x, bias, columns, in_v, scale, softcap, per_row, HAS_BIAS, HAS_CAP) if RAW else x
+        log_p = (z - a) - norm
+        p = exponentials(log_p)
+    of_p = tl.zeros((ROWS, 1), tl.float32)
+    if HAS_LSE:
+        of_p += tl.load(g_lse + row, mask=in_n, other=0.0)
+    for k in tl.static_range(K):
+        of_p -= tl.load(g_logp + row * K + k, mask=in_n, other=0.0)
+    g = p * of_p
+    if HAS_ENTROPY:
+        h = tl.load(entropy + row, mask=in_n, other=0.0)
+        g -= weighted(p, log_p + h) * tl.load(g_entropy + row, mask=in_n, other=0.0)
+    if HAS_MEAN:
+        g += tl.load(g_mean + row, mask=in_n, other=0.0) / V
+    if HAS_REF:
+        z_ref = tl.load(kept_ref + row * ld_ref + columns, mask=inside, other=0.0)
+        a_ref, norm_ref = (
+            tl.load(anchor_ref + row, mask=in_n, other=0.0),
+            tl.load(log_s_ref + row, mask=in_n, other=0.0),
+        )
+        log_q = (z_ref - a_ref) - norm_ref
+        if FORWARD_KL:
+            by_kl = p - exponentials(log_q)
+        else:
+            by_kl = weighted(p, log_p - log_q - tl.load(kl + row, mask=in_n, other=0.0))
+        g += by_kl * tl.load(g_kl + row, mask=in_n, other=0.0)
+    for k in tl.static_range(K):
+        hit = columns == tl.load(targets + row * K + k, mask=in_n, other=-1)
+        g += tl.where(hit, tl.load(g_logp + row * K + k, mask=in_n, other=0.0), 0.0)
+    if HAS_CAP:
+        share = z / (per_row * softcap)
+        g *= 1.0 - share * share
+    g *= scale * per_row
+    tl.store(out + row * ld_out + columns, g.to(out.dtype.element_ty), mask=inside)
+
+
+def gradients(
+    rows: Rows, kept: Tensor, kept_ref: Tensor | None, out: Tensor, stats: TokenStats,
+    norms: tuple[Tensor, Tensor, Tensor | None, Tensor | None], grads: Grads, pieces: Pieces,
+) -> None:  # fmt: skip
+    """Fill ``out`` [N, V], which may be ``kept`` itself; ``norms`` are anchor and log sum of policy and reference."""
+    policy, raw = rows.policy, rows.policy.weight is None
+    exponentials = rows.keeps_exponentials and not raw
+    has_kl = rows.reference is not None and grads.kl is not None
+
+    def column(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous()
+
+    gradient_kernel[(triton.cdiv(rows.count, pieces.rows), triton.cdiv(rows.vocab, pieces.columns))](
+        kept, kept_ref, policy.bias, out, norms[0], norms[1], norms[2], norms[3],
+        column(stats.entropy), column(stats.kl), rows.targets, rows.temperature,
+        column(grads.logp), column(grads.entropy), column(grads.lse), column(grads.mean_logit), column(grads.kl),
+        rows.count, rows.vocab, kept.stride(0), 0 if kept_ref is None else kept_ref.stride(0), out.stride(0),
+        policy.scale, policy.softcap or 1.0, rows.per_t,
+        ROWS=pieces.rows, BLOCK=min(pieces.columns, triton.next_power_of_2(rows.vocab)), K=rows.targets.shape[1],
+        EXP=exponentials, RAW=raw,
+        HAS_BIAS=policy.bias is not None, HAS_CAP=policy.softcap is not None, PER_TOKEN=rows.temperature is not None,
+        HAS_REF=has_kl, FORWARD_KL=rows.forward_kl, HAS_ENTROPY=grads.entropy is not None,
+        HAS_LSE=grads.lse is not None, HAS_MEAN=grads.mean_logit is not None, num_warps=pieces.num_warps,
+    )  # fmt: skip

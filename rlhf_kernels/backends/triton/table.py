@@ -1,0 +1,95 @@
+"""Which tiles run where, and which way through the head is taken: made offline, never tuned at run time.
+
+Every entry says what stands behind it. ``None`` for a measurement means that nobody has run it on that chip yet: the
+choice then follows the roofline (a fused epilogue saves memory traffic, which counts where H is small; a vendor's
+product is nearer to the peak, which counts where H is large), and the compile tests prove that it fits the chip.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import NamedTuple
+
+import torch
+
+
+class Blocks(NamedTuple):
+    """Sizes of a tile along rows, vocabulary and hidden, and how it is run."""
+
+    BLOCK_N: int
+    BLOCK_V: int
+    BLOCK_H: int
+    num_warps: int
+    num_stages: int
+
+
+class Pieces(NamedTuple):
+    """What one program of the passes over logits in memory takes."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+class Entry(NamedTuple):
+    """One architecture."""
+
+    half: Blocks  # bfloat16 and float16, by tensor descriptors where ``tma``
+    pair: Blocks  # policy and reference in one tile, as half
+    plain: Blocks  # halves that no descriptor can read, and rows that are folded once more
+    full: Blocks  # float32
+    pieces: Pieces
+    tma: bool
+    fused_up_to: int  # largest hidden size whose statistics are fused with the product, for halves
+    strip: int  # columns of logits in float32 that exist at a time beyond it, a multiple of the pieces'
+    precise: str  # how Triton multiplies float32 so that float32 comes out
+    measured: str | None  # the file of results behind the entry
+    fused_full_up_to: int = 0  # as ``fused_up_to``, for float32
+
+    def by(self, way: str) -> Entry:
+        """The same, every head going one way: "fused" or "strips"."""
+        limit = {"fused": 10**9, "strips": 0}[way]
+        return self._replace(fused_up_to=limit, fused_full_up_to=limit)
+
+
+FULL = Blocks(64, 64, 16, 8, 2)
+PIECES = Pieces(1, 2048, 4)
+PLAIN = Blocks(64, 64, 32, 8, 3)
+PLAIN_100 = Blocks(64, 64, 32, 4, 2)
+# for the interpreter, where every operation costs the same whatever its size
+SMALL, SMALL_PIECES = Blocks(32, 128, 16, 4, 1), Pieces(32, 128, 4)
+
+# Triton 3.6 turns an "ieee" product of float32 into one of tf32 on tensor cores of 10.0, in silence; three of them do.
+BY_CAPABILITY = {
+    (8, 0): Entry(
+        Blocks(64, 128, 32, 8, 3), Blocks(64, 64, 32, 8, 3), PLAIN, FULL, PIECES, False, 0, 8192, "ieee", None
+    ),
+    (9, 0): Entry(
+        Blocks(128, 128, 64, 8, 3), Blocks(128, 64, 64, 8, 3), PLAIN, FULL, PIECES, True, 1536, 8192, "ieee", None
+    ),
+    (10, 0): Entry(
+        Blocks(128, 64, 64, 8, 4), Blocks(128, 64, 64, 8, 3), PLAIN_100, FULL, PIECES, True, 1536, 8192, "tf32x3", None
+    ),
+}
+CONSERVATIVE = Entry(PLAIN, PLAIN, PLAIN, FULL, PIECES, False, 0, 8192, "ieee", None)
+INTERPRETED = Entry(SMALL, SMALL, SMALL, SMALL, SMALL_PIECES, False, 0, 256, "ieee", None)
+
+
+@functools.cache
+def _unlisted(capability: tuple[int, int]) -> Entry:
+    known = ", ".join(f"{a}.{b}" for a, b in sorted(BY_CAPABILITY))
+    warnings.warn(
+        f"rlhf_kernels: no tuning for compute capability {capability[0]}.{capability[1]} (there is for {known}); "
+        "a conservative entry runs",
+        stacklevel=2,
+    )
+    return CONSERVATIVE
+
+
+def entry(device: torch.device) -> Entry:
+    """The entry of a device."""
+    if device.type != "cuda":
+        return INTERPRETED
+    capability = torch.cuda.get_device_capability(device)
+    return BY_CAPABILITY.get(capability) or _unlisted(capability)
