@@ -56,3 +56,11 @@ def test_answers_come_in_order():
     await_answer(False, "second")
     score()
     assert [x.message for x in checks._awaited] == ["first", "second"]
+
+
+def test_metrics_say_it_too():
+    x, w = torch.randn(2, 3), torch.randn(4, 3)
+    out = rk.sft_loss(x, w, torch.tensor([1, 2]))
+    await_answer(False, "targets: an id is outside the vocabulary")
+    with pytest.raises(ValueError, match="targets"):
+        out.metrics["entropy"]

@@ -37,6 +37,7 @@ class Call:
     weight_grad: Tensor | None
     loss_scale: float
     hidden: Tensor
+    overwrite: bool = False  # the gradient of ready logits takes their place
 
     def bind(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Call:
         """The same call over these tensors (as autograd gives them back), without their history."""

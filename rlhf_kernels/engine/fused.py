@@ -17,6 +17,14 @@ from rlhf_kernels.engine.span import Gradients, Span, stats_dtype
 from rlhf_kernels.types import Grads, HeadOptions, LossOutput, Objective, TokenStats
 
 
+class Metrics(dict[str, Tensor]):
+    """Whoever asks for one of them hears of what a GPU has found wrong meanwhile."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        check.report()
+        return super().__getitem__(name)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What the objective is given beside the statistics."""
@@ -226,6 +234,6 @@ def fused_loss(
     batch = _batch(call, objective, per_token, per_sequence, cu_seqlens, unit, targets.shape)
     on = torch.is_grad_enabled()
     wanted = (on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad)
-    metrics: dict[str, Tensor] = {}
+    metrics = Metrics()
     loss = _FusedLoss.apply(hidden, weight, bias, call, batch, wanted, metrics)
     return LossOutput(loss, metrics)  # type: ignore[arg-type]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_kernels import checks as check
 from rlhf_kernels.engine.call import Call, RefArgument, cast_inputs, prepare
 from rlhf_kernels.engine.span import Gradients, Span, stats_dtype
 from rlhf_kernels.types import Grads, HeadOptions, TokenStats
@@ -31,7 +33,7 @@ class _TokenStats(torch.autograd.Function):
         span = Span(call, 0, call.rows, keep)
         if keep:
             ctx.save_for_backward(hidden, weight, bias)
-            ctx.call, ctx.span = call, span
+            ctx.call, ctx.span, ctx.given_up = call, span, False
         outputs = tuple(x for x in span.stats if x is not None)
         full = tuple(_scatter(x, call) for x in outputs)
         ctx.mark_non_differentiable(full[4])
@@ -45,8 +47,14 @@ class _TokenStats(torch.autograd.Function):
         grads = _gather(upstream, call)
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         into = Gradients.of(call, wanted)
+        if call.overwrite:
+            _give_up(ctx, hidden)
+            into.hidden = call.hidden
         ctx.span.call = call
         ctx.span.backward(grads, into)
+        if call.overwrite and call.kept.index is not None:
+            ignored = torch.ones(call.targets.shape[0], dtype=torch.bool, device=hidden.device)
+            call.hidden.masked_fill_(ignored.index_fill_(0, call.kept.index, False)[:, None], 0.0)
         into.filled()
         return (
             padded(None if into.hidden is None else into.hidden.view(hidden.shape), hidden, hidden.dtype),
@@ -55,6 +63,14 @@ class _TokenStats(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _give_up(ctx: Any, logits: Tensor) -> None:
+    """These logits will be a gradient: whoever else has kept them for a backward must hear of it."""
+    if ctx.given_up:
+        raise RuntimeError("overwrite: got a second backward, wants one; the logits have become their gradient")
+    ctx.given_up = True
+    torch.autograd.graph.increment_version(logits)
 
 
 def _scatter(x: Tensor, call: Call) -> Tensor:
@@ -86,13 +102,14 @@ def _run(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call)
 
 def _statistics(
     hidden: Tensor, weight: Tensor | None, targets: Tensor, per_position: int, ref: RefArgument,
-    ref_head: HeadOptions | None, direction: str, head: HeadOptions,
+    ref_head: HeadOptions | None, direction: str, head: HeadOptions, overwrite: bool = False,
 ) -> TokenStats:  # fmt: skip
     hidden, weight, bias = cast_inputs(hidden, weight, head.get("bias"))  # type: ignore[assignment]
     head["bias"] = bias
     if ref is not None:
         ref = tuple(cast_inputs(*ref))  # type: ignore[assignment]
     call = prepare(hidden, weight, targets, per_position, ref, ref_head, direction, **head)
+    call = replace(call, overwrite=overwrite)
     logp, *rest = _run(hidden, weight, bias, call)
     shape = hidden.shape[:-1]
     logp = logp.reshape(targets.shape)
@@ -124,12 +141,16 @@ def token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, **head: Unpack[
     return _statistics(hidden, weight, targets, 0, None, None, "reverse", head)
 
 
-def token_stats_from_logits(logits: Tensor, targets: Tensor, **head: Unpack[HeadOptions]) -> TokenStats:
+def token_stats_from_logits(
+    logits: Tensor, targets: Tensor, *, overwrite: bool = False, **head: Unpack[HeadOptions]
+) -> TokenStats:
     """``token_stats`` for a trainer that already holds its logits.
 
     Args:
-        logits: [..., V] in any float dtype; they are left as they are.
+        logits: [..., V] in any float dtype; without ``overwrite`` they are left as they are.
         targets: [...] int64 token of each position; ``ignore_index`` where there is none.
+        overwrite: let backward write the gradient over the logits, so that no second tensor of their size is needed.
+            They must be contiguous, and nobody may need them afterwards; autograd says so if somebody does.
         **head: see ``HeadOptions``; temperature, softcap, logit_scale and bias act on the logits as on a head's.
 
     Returns:
@@ -141,7 +162,10 @@ def token_stats_from_logits(logits: Tensor, targets: Tensor, **head: Unpack[Head
     >>> rk.token_stats_from_logits(torch.zeros(1, 4), torch.tensor([2])).logp
     tensor([-1.3863])
     """
-    return _statistics(logits, None, targets, 0, None, None, "reverse", head)
+    if overwrite:
+        check.float_tensor("logits", logits)
+        check.wants(logits.is_contiguous(), "logits", logits, "contiguous memory to overwrite")
+    return _statistics(logits, None, targets, 0, None, None, "reverse", head, overwrite)
 
 
 def token_logps(hidden: Tensor, weight: Tensor, token_ids: Tensor, **head: Unpack[HeadOptions]) -> Tensor:

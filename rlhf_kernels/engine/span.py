@@ -108,7 +108,7 @@ class Span:
 
     def _piece(self, a: int, b: int, residual: Any, stats: TokenStats, grads: Grads, into: Gradients) -> None:
         call = self.call
-        rows = None if call.kept.real is not None else _active(grads)
+        rows = None if call.overwrite or call.kept.real is not None else _active(grads)
         if a == b or (rows is not None and rows.numel() == 0):
             return
         some = None if rows is None or rows.numel() == b - a else rows

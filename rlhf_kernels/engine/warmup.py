@@ -5,22 +5,35 @@ from __future__ import annotations
 import torch
 
 from rlhf_kernels.backends import resolve
+from rlhf_kernels.engine.fused import fused_loss
 from rlhf_kernels.engine.op import token_stats
+from rlhf_kernels.types import TokenStats
 
-ROWS = 32
+ROWS, MOST = 32, 4096
+
+
+def _alike(vocab_size: int) -> int:
+    """A smaller vocabulary for which the same kernels are compiled: divisible by 16 or not, as the real one."""
+    return vocab_size if vocab_size <= MOST else MOST if vocab_size % 16 == 0 else MOST - 1
+
+
+def _log_likelihood(stats: TokenStats, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, dict]:
+    return stats.logp.sum(), {}
 
 
 def warmup(
     hidden_size: int, vocab_size: int, dtype: torch.dtype, *, device: str | torch.device = "cpu", backend: str = "auto"
 ) -> str:
-    """Run the head once, forward and backward, so that the first training step does not pay for what is lazy.
+    """Run the head once, so that the first training step does not pay for what is lazy.
 
-    On a CPU that is loading the extension, starting the threads and, on the backend "eager", what torch prepares for
-    its first matrix products. Nothing is kept.
+    Scoring, statistics with all gradients, and a loss that only looks at log-probabilities: on a GPU each of them has
+    kernels of its own, which Triton compiles at their first launch (and keeps on disk). On a CPU what is lazy is
+    loading the extension, starting the threads and, on the backend "eager", what torch prepares for its first matrix
+    products. Nothing is kept.
 
     Args:
         hidden_size: H.
-        vocab_size: V; at most 4096 columns of it are run.
+        vocab_size: V; at most 4096 columns of it are run, as many as divide alike.
         dtype: of hidden states and weight.
         device: where training will run.
         backend: as in ``HeadOptions``.
@@ -37,9 +50,13 @@ def warmup(
     """
     device = torch.device(device)
     hidden = torch.zeros(ROWS, hidden_size, dtype=dtype, device=device, requires_grad=True)
-    weight = torch.zeros(min(vocab_size, 4096), hidden_size, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.zeros(_alike(vocab_size), hidden_size, dtype=dtype, device=device, requires_grad=True)
     targets = torch.zeros(ROWS, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        token_stats(hidden, weight, targets, backend=backend)
     with torch.enable_grad():
-        token_stats(hidden, weight, targets, backend=backend).logp.sum().backward()
+        stats = token_stats(hidden, weight, targets, backend=backend)
+        (stats.logp.sum() + stats.entropy.sum()).backward()
+        fused_loss(hidden, weight, targets, _log_likelihood, backend=backend).loss.backward()
     module = resolve(backend, device, dtype)
     return str(getattr(module, "__name__", backend)).rpartition(".")[2]

@@ -56,6 +56,7 @@ class Entry(NamedTuple):
 FULL = Blocks(64, 64, 16, 8, 2)
 PIECES = Pieces(1, 2048, 4)
 PLAIN = Blocks(64, 64, 32, 8, 3)
+FULL_100 = Blocks(64, 32, 16, 4, 2)
 PLAIN_100 = Blocks(64, 64, 32, 4, 2)
 # for the interpreter, where every operation costs the same whatever its size
 SMALL, SMALL_PIECES = Blocks(32, 128, 16, 4, 1), Pieces(32, 128, 4)
@@ -69,7 +70,16 @@ BY_CAPABILITY = {
         Blocks(128, 128, 64, 8, 3), Blocks(128, 64, 64, 8, 3), PLAIN, FULL, PIECES, True, 1536, 8192, "ieee", None
     ),
     (10, 0): Entry(
-        Blocks(128, 64, 64, 8, 4), Blocks(128, 64, 64, 8, 3), PLAIN_100, FULL, PIECES, True, 1536, 8192, "tf32x3", None
+        Blocks(128, 64, 64, 8, 4),
+        Blocks(128, 64, 64, 8, 3),
+        PLAIN_100,
+        FULL_100,
+        PIECES,
+        True,
+        1536,
+        8192,
+        "tf32x3",
+        None,
     ),
 }
 CONSERVATIVE = Entry(PLAIN, PLAIN, PLAIN, FULL, PIECES, False, 0, 8192, "ieee", None)
