@@ -40,6 +40,56 @@ def test_the_summary_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "summary.json").read_text()) == expected
 
 
+def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path, capsys):
+    """Lines of later steps go, those of other stages stay, and so does half of nothing."""
+    log = RunLog(tmp_path, quiet=True)
+    for stage, steps in (("sft", 2), ("ppo", 3)):
+        with log.start(stage, steps) as bar:
+            for _ in range(steps):
+                bar.step({"loss": 1.0})
+    (tmp_path / "alarms.jsonl").write_text('{"stage": "ppo", "step": 2}\n{"stage": "ppo", "step": 3}\n')
+    log.samples("first", [{"prompt": "p"}])
+    size = log.samples_bytes()
+    log.samples("second", [{"prompt": "p"}])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "ppo", "st')
+    log.cut("ppo", 2, size)
+    rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in rows] == [("sft", 1), ("sft", 2), ("ppo", 1), ("ppo", 2)]
+    assert (tmp_path / "alarms.jsonl").read_text() == '{"stage": "ppo", "step": 2}\n'
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["title"] == "first"
+    with log.start("ppo", 3, done=2) as bar:
+        bar.step({"loss": 1.0})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+    assert capsys.readouterr().err == ""
+    log.cut("ppo", 4, None)
+    assert "should hold steps 1 to 4 of ppo" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+def test_a_full_disk_is_said_once(tmp_path):
+    log = RunLog(tmp_path, quiet=True)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+
+    def run():
+        with log.start("sft", 2) as bar:
+            bar.step({"loss": 1.0})
+
+    with pytest.raises(OSError, match="step 1 could not be logged: No space left on device"):
+        run()
+
+
+def test_plain_progress_knows_what_lies_behind(tmp_path, capsys, monkeypatch):
+    now = iter([0.0, 10.0, 20.0, 30.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    with RunLog(tmp_path).start("sft", 10, done=7) as bar:
+        for _ in range(3):
+            bar.step({"loss": 0.5})
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("(10 s, 20 s left)")
+    assert last.startswith("sft  10/10")
+
+
 def test_plain_progress_is_brief(tmp_path, capsys):
     log = RunLog(tmp_path)
     with log.start("sft", 100) as bar:

@@ -1,4 +1,4 @@
-"""The stages: denominators, PPO's first ratio, rewards at the right token, and that each of them learns."""
+"""The stages: denominators, and that each of them learns."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from torch import nn
 import rlhf_kernels as rk
 from tests.trainer_worlds import LETTERS, lines, ragged, small_policy, small_scalar, write
 from trainer import ppo, reward, sft
-from trainer.experience import Experience, collect
-from trainer.kl import KLController
 from trainer.models import load_policy, load_scalar
-from trainer.packing import Sample, pack
-from trainer.rollout import Rollout
 from trainer.stage import Optimizer
 
 HERE = "tests.trainer_worlds"
@@ -54,8 +50,6 @@ def test_micro_batches_do_not_change_gradients(max_tokens: int, tmp_path: Path) 
         reward.Ranked(samples[5:], [0, 1, 1]),
     ]
     rewarding = reward.RewardConfig(data=tmp_path, center_coef=0.1)
-    rl = ppo.PPOConfig(data=tmp_path, reward="", max_tokens=max_tokens, entropy_coef=0.1)
-    whole = experience(samples)
 
     def gradients(budget: int) -> list[torch.Tensor]:
         batches = sft.micro_batches(samples, budget, "cpu")
@@ -66,22 +60,11 @@ def test_micro_batches_do_not_change_gradients(max_tokens: int, tmp_path: Path) 
         ranked = reward.micro_batches(groups, budget, torch.device("cpu"))
         for batch in ranked:
             reward.loss(rewarding, scalar, batch, sum(b.count for b in ranked)).loss.backward()
-        found.append(gradient(scalar))
-        for part in ppo.parts_of(whole, list(range(8)), budget):
-            ppo.policy_loss(rl, policy, part, tokens).loss.backward()
-            ppo.value_loss(rl, scalar, part, tokens).loss.backward()
-        return [*found, gradient(policy), gradient(scalar)]
+        return [*found, gradient(scalar)]
 
     for mine, wanted in zip(gradients(max_tokens), gradients(10_000), strict=True):
         assert wanted.norm() > 1e-3
         assert (mine - wanted).norm() <= 1e-6 * wanted.norm()
-
-
-def experience(samples: list[Sample]) -> Experience:
-    packed, source = pack(samples), torch.Generator().manual_seed(1)
-    n = len(packed.input_ids)
-    old_logp, values, advantages, returns = (torch.randn(n, generator=source) for _ in range(4))
-    return Experience(packed, old_logp - 3, values, advantages, returns, torch.zeros(len(samples)))
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
@@ -112,118 +95,10 @@ def test_stages_report_the_same_first_step_for_any_budget(stage: str, base: str,
             )
             ppo.train(dataclasses.replace(cfg, max_new_tokens=8))
         seen.append(lines(out / "metrics.jsonl")[0])
-    timing = ("timing/rollout", "timing/update", "eps", "rollout/sampler_delta")
-    for name in seen[0].keys() - {"stage", *timing}:
+    for name in seen[0].keys() - {"stage", "eps", "rollout/sampler_delta"}:
+        if name.startswith("timing/"):
+            continue
         assert seen[0][name] == pytest.approx(seen[1][name], rel=2e-4, abs=2e-6), name
-
-
-def test_first_ratio_is_one_and_kl_starts_at_zero(tmp_path: Path) -> None:
-    """Pitfall 3, with dropout in the model's configuration and a temperature."""
-    policy = small_policy(scale=1.0)
-    policy.model.config.attention_dropout = 0.1
-    policy.save(tmp_path / "model")
-    cfg = ppo.PPOConfig(
-        model=str(tmp_path), data=demonstrations(tmp_path / "d.jsonl"), reward=f"{HERE}:share_of_a",
-        out=tmp_path / "out", steps=2, batch_size=10, max_new_tokens=8, epochs=1, minibatches=1, temperature=0.7,
-        quiet=True,
-    )  # fmt: skip
-    ppo.train(cfg)
-    first, second = lines(tmp_path / "out" / "metrics.jsonl")
-    for step in (first, second):  # one step per rollout: every ratio is a first one
-        assert step["val/ratio"] == pytest.approx(1, abs=1e-5)
-        assert step["policy/approxkl_avg"] == pytest.approx(0, abs=1e-9)
-        assert step["rollout/sampler_delta"] < 1e-4
-        assert 0 < step["policy/entropy_avg"] < 3.1
-    assert first["objective/kl"] == 0
-    assert second["objective/kl"] != 0
-
-
-def collected(
-    tmp_path: Path, beta: float = 0.0, **options: Any
-) -> tuple[Experience | None, dict[str, float], torch.Tensor]:
-    cfg = ppo.PPOConfig(data=tmp_path, reward="", lam=1.0, **options)
-    policy, value = small_policy(), small_scalar()
-    prompts = [[2, 3, 4], [5], [6, 7]] * 4
-    scores = torch.linspace(1, 2, 12)
-    found, metrics = collect(
-        cfg, policy, small_policy(seed=5), value, lambda rollout, records: scores, beta, prompts, [{}] * 12,
-        torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    return found, metrics, scores
-
-
-def test_the_score_stands_on_the_last_response_token(tmp_path: Path) -> None:
-    """Pitfall 7: with gamma 1/2 and no KL the return falls by half per token before the last one."""
-    found, _, scores = collected(tmp_path, gamma=0.5, max_new_tokens=200)
-    assert found is not None
-    for i in range(12):
-        part, rows = found.packed.select([i])
-        returns = found.returns[rows][part.mask]
-        assert int(part.targets[part.mask][-1]) == 1  # the last response token is the end of the sequence
-        wanted = scores[i] * 0.5 ** torch.arange(len(returns) - 1, -1, -1)
-        torch.testing.assert_close(returns, wanted)
-        assert not found.returns[rows][~part.mask].any()
-
-
-def test_rewards_fall_by_the_kl_and_advantages_are_white(tmp_path: Path) -> None:
-    """Ouyang et al., equation 2: the return of a whole response is its score less beta times its log-ratio."""
-    found, metrics, scores = collected(tmp_path, beta=0.3, max_new_tokens=200, temperature=1.5)
-    assert found is not None
-    policy, reference, kls = small_policy(), small_policy(seed=5), []
-    for i in range(12):
-        part, rows = found.packed.select([i])
-        with torch.no_grad():
-            logp, ref_logp = (m.stats(part, 1.5).logp for m in (policy, reference))
-        torch.testing.assert_close(found.old_logp[rows], logp)
-        kls.append(float((logp - ref_logp).sum()))
-        assert found.returns[rows][part.mask][0] == pytest.approx(float(scores[i]) - 0.3 * kls[-1], abs=1e-4)
-    assert metrics["objective/kl"] == pytest.approx(sum(kls) / 12, rel=1e-4)
-    white = found.advantages[found.packed.mask]
-    assert white.mean() == pytest.approx(0, abs=1e-5)
-    assert white.std(unbiased=False) == pytest.approx(1, abs=1e-4)
-
-
-@pytest.mark.parametrize("truncation", ["penalise", "bootstrap", "mask"])
-def test_truncated_and_ended_responses_differ_as_asked(truncation: str, tmp_path: Path) -> None:
-    """Pitfall 8: the last return is the fixed score, or the score with the value of what would have followed."""
-    found, metrics, scores = collected(tmp_path, max_new_tokens=12, truncation=truncation, truncation_score=-7.0)
-    assert found is not None
-    assert 0 < metrics["response/truncated"] < 1
-    value = small_scalar()
-    ended = [int(found.packed.input_ids[row]) == 1 for row in found.packed.last_rows]
-    if truncation == "mask":
-        assert all(ended)
-        assert len(ended) == round(12 * (1 - metrics["response/truncated"]))
-        return
-    with torch.no_grad():
-        follows = value.values(found.packed)[found.packed.last_rows]
-    for i, stopped in enumerate(ended):
-        part, rows = found.packed.select([i])
-        cut = torch.tensor(-7.0) if truncation == "penalise" else scores[i] + follows[i]
-        torch.testing.assert_close(found.returns[rows][part.mask][-1], scores[i] if stopped else cut)
-
-
-def test_nothing_is_left_when_every_response_is_cut_and_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut(policy: Any, prompts: list[list[int]], **_: Any) -> Rollout:
-        return Rollout([Sample([*p, 5], len(p)) for p in prompts], [True] * len(prompts), [[0.0]] * len(prompts))
-
-    monkeypatch.setattr("trainer.experience.sample", cut)
-    found, metrics, _ = collected(tmp_path, truncation="mask")
-    assert found is None
-    assert metrics["response/truncated"] == 1
-
-
-def test_kl_controller_follows_the_published_formula() -> None:
-    """Pitfall 9; Ziegler et al. 2019: e = clip(KL / target - 1, -0.2, 0.2), beta *= 1 + e * n / horizon."""
-    control, beta, source = KLController(0.15, 6.0, 10_000), 0.15, random.Random(0)
-    for _ in range(50):
-        kl = source.uniform(0, 15)
-        control.update(kl, 512)
-        beta *= 1 + max(-0.2, min(0.2, (kl - 6) / 6)) * 512 / 10_000
-        assert control.coef == pytest.approx(beta, rel=1e-12)
-    fixed = KLController(0.15)
-    fixed.update(100.0, 512)
-    assert fixed.coef == 0.15
 
 
 def rankings(path: Path) -> Path:

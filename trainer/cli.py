@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import inspect
 import os
 import platform
 import shlex
@@ -16,16 +17,15 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer import config_file, data_file, log, report
+from trainer.threads import TINY, model_of, one_bar_only, set_threads, used_threads
 
 PROG = "rlhf-train"
-USAGE_ERROR, INTERRUPTED = 2, 130
-OUT, MODEL = "out", "model"  # the fields of a stage's config that name the run folder and the model
-TINY = "tiny"  # the default model; more threads than one slow it down
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+OUT = "out"  # the field of a stage's config that names the run folder
 
 
 class Stage(NamedTuple):
@@ -42,12 +42,24 @@ STAGES = {
     "sft": Stage("trainer.sft", "SFTConfig", "train", "supervised fine-tuning on demonstrations"),
     "reward": Stage("trainer.reward", "RewardConfig", "train", "reward model on preference pairs or K-wise rankings"),
     "ppo": Stage("trainer.ppo", "PPOConfig", "train", "PPO with value model and KL control, on prompts"),
+    "grpo": Stage("trainer.grpo", "GRPOConfig", "train", "GRPO, Dr.GRPO, RLOO, REINFORCE++, on prompts"),
+    "dpo": Stage("trainer.pairs", "DPOConfig", "dpo", "direct preference optimisation, on pairs or rankings"),
+    "ipo": Stage("trainer.pairs", "IPOConfig", "ipo", "the same with a squared loss, which does not saturate"),
+    "kto": Stage("trainer.kto", "KTOConfig", "train", "on single replies, each labelled desirable or not"),
+    "orpo": Stage("trainer.pairs", "ORPOConfig", "orpo", "preferences and demonstrations at once, no reference"),
+    "simpo": Stage("trainer.pairs", "SimPOConfig", "simpo", "on pairs, by mean log-probability, no reference"),
+    "eval": Stage("trainer.evaluation", "EvalConfig", "run", "win rate, held-out loss and tasks, before and after"),
+}
+TOOLS = {
+    "inspect": ("trainer.inspect_data", "what decides the worth of preference data, before you train on it"),
+    "doctor": ("trainer.doctor", "what this machine has, and what will be slow on it"),
 }
 COMMON = """\
 every stage also takes:
   --config FILE.yaml   read options from a recipe; flags on the command line win
-  --threads N          CPU threads (default: OMP_NUM_THREADS, else 1 for the demo and tiny models)
-  --overwrite          replace a finished run in the same folder
+  --threads N          CPU threads (default: OMP_NUM_THREADS, else 1 for the
+                       demo and tiny models)
+  --overwrite          replace an earlier run in the same folder
   --traceback          show where an error came from"""
 
 
@@ -58,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, 2 for a mistake in options or data (one line, no traceback), 130 after Ctrl-C.
+        The exit status: 0, 1 for a run that went wrong in a known way, 2 for a mistake in options or data (one line,
+        no traceback), 130 after Ctrl-C. SIGTERM ends the process with 143.
 
     Raises:
         Exception: Anything that is not the user's mistake keeps its traceback.
@@ -75,11 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f'{PROG}: {package} is missing: pip install "rlhf_kernels[train]"', file=sys.stderr)
         return USAGE_ERROR
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if not _is_ours(error) or "--traceback" in argv:
             raise
         print(f"{PROG}: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return FAILED if isinstance(error, FloatingPointError) else USAGE_ERROR
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -97,34 +110,89 @@ def _main(argv: list[str]) -> int:
         print(_version())
         return 0
     name, *rest = argv
-    if name == "report":
-        return _report(rest)
-    config_file.check_names([name], [*STAGES, "report"], PROG)
+    if name in ("report", "resume"):
+        return {"report": _report, "resume": _resume}[name](rest)
+    if name in TOOLS:
+        return _tool(name, rest)
+    config_file.check_names([name], [*STAGES, *TOOLS, "report", "resume"], PROG)
     return _run(name, rest)
+
+
+def _tool(name: str, argv: list[str]) -> int:
+    """A subcommand that looks at something and prints; it has no run folder."""
+    if name == "inspect":
+        set_threads(None, default=1)  # the doctor is to see what the caller's environment says
+    return importlib.import_module(TOOLS[name][0]).main(argv, prog=f"{PROG} {name}")
 
 
 def _run(name: str, argv: list[str]) -> int:
     """Options, then threads, then torch (with the stage's module), then the run."""
     common, flags = _common_options(argv)
     recipe = config_file.load(common.config) if common.config else {}
-    wanted = common.threads if common.threads is not None else recipe.pop("threads", None)
-    recipe.pop("threads", None)
-    _set_threads(wanted, default=1 if name == "demo" or _model(flags, recipe) == TINY else None)
-
-    stage = STAGES[name]
-    module = importlib.import_module(stage.module)
-    _one_bar_only()
+    of = recipe.pop("stage", name)
+    if of != name:
+        raise ValueError(f"--config: {common.config} is a recipe for {of}, not for {name}")
+    threads = recipe.pop("threads", None) if common.threads is None else common.threads
+    stage, module = _load(name, threads, flags, recipe)
     config = _parse(name, getattr(module, stage.config), recipe, flags, common.config)
     out = Path(getattr(config, OUT))
     provenance = _provenance(name, argv, config)
     log.claim(out, overwrite=common.overwrite)
-    config_file.write_resolved(out, config, provenance)
+    config_file.write_resolved(out, config, provenance, {"stage": name, "threads": used_threads()})
+    return _train(name, getattr(module, stage.run), config, out)
+
+
+def _resume(argv: list[str]) -> int:
+    """The run of a folder, as `resolved.yaml` in it says, from its last checkpoint."""
+    parser = argparse.ArgumentParser(
+        prog=f"{PROG} resume", description="Go on with a run that was stopped, from its last checkpoint.",
+        epilog="Options of the stage may follow; those that would change the result are refused.",
+    )  # fmt: skip
+    parser.add_argument("run", type=Path)
+    out, flags = (found := parser.parse_known_args(argv))[0].run.absolute(), found[1]
+    if not (out / config_file.RESOLVED).is_file():
+        raise ValueError(f"resume: {out} holds no run: there is no {config_file.RESOLVED} in it")
+    recipe = config_file.load(out / config_file.RESOLVED)
+    name = recipe.pop("stage", None)
+    if name not in STAGES:
+        raise ValueError(f"resume: {out / config_file.RESOLVED} does not name its stage, want stage: sft or the like")
+    if (out / log.SUMMARY).exists():
+        print(f"{out} holds a finished run: nothing to resume")
+        return 0
+    stage, module = _load(name, recipe.pop("threads", None), flags, recipe)
+    if not _resumable(run := getattr(module, stage.run)):
+        raise ValueError(f"resume: a run of {name} cannot be resumed; start it again with --overwrite")
+    recipe[OUT] = str(out)
+    config = _parse(name, getattr(module, stage.config), recipe, flags, str(out / config_file.RESOLVED))
+    return _train(name, run, config, out, resume=True)
+
+
+def _load(name: str, threads: int | None, flags: list[str], recipe: dict[str, Any]) -> tuple[Stage, Any]:
+    """A stage and its module, imported after the threads are set."""
+    recipe.pop("threads", None)
+    set_threads(threads, default=1 if name == "demo" or model_of(flags, recipe) == TINY else None)
+    module = importlib.import_module(STAGES[name].module)
+    one_bar_only()
+    return STAGES[name], module
+
+
+def _train(name: str, run: Any, config: Any, out: Path, **options: Any) -> int:
+    """The run itself, a summary where it leaves none, and the report."""
     began = time.monotonic()
-    getattr(module, stage.run)(config)
+    try:
+        run(config, **options)
+    except BaseException:
+        if log.has_checkpoints(out):
+            print(f"{PROG}: go on with: {PROG} resume {shlex.quote(str(out))}", file=sys.stderr)
+        raise
     if not (out / log.SUMMARY).exists():
         log.RunLog(out, quiet=True).summary({"stage": name, "seconds": round(time.monotonic() - began, 1)})
     print(f"report: {report.write(out)}")
     return 0
+
+
+def _resumable(run: Any) -> bool:
+    return "resume" in inspect.signature(run).parameters
 
 
 def _common_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -134,48 +202,6 @@ def _common_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--traceback", action="store_true")
     return parser.parse_known_args(argv)
-
-
-def _model(flags: list[str], recipe: dict[str, Any]) -> str:
-    """The model as far as it can be known before torch, and with it the stage's config, is imported."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(f"--{MODEL}", default=recipe.get(MODEL, TINY))
-    try:
-        return parser.parse_known_args(flags)[0].model
-    except argparse.ArgumentError:
-        return TINY
-
-
-def _set_threads(wanted: int | None, default: int | None) -> None:
-    """Threads and spinning of OpenMP, which reads the environment once, when torch is imported.
-
-    libgomp's threads spin while they wait; beside a busy neighbour that turns microseconds into milliseconds, so the
-    spin is cut short whatever the number of threads.
-
-    Args:
-        wanted: From the command line or the recipe; wins over OMP_NUM_THREADS.
-        default: Where neither says anything; None leaves the choice to torch.
-
-    Raises:
-        ValueError: `wanted` is not a positive integer.
-    """
-    if wanted is not None and (not isinstance(wanted, int) or wanted < 1):
-        raise ValueError(f"threads: got {wanted!r}, want a positive integer")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if wanted is not None:
-        os.environ["OMP_NUM_THREADS"] = str(wanted)
-    elif default is not None:
-        os.environ.setdefault("OMP_NUM_THREADS", str(default))
-    # A caller that imported torch before us (a notebook, a test) has its OpenMP already; only the number can change.
-    if "torch" in sys.modules and wanted is not None:
-        sys.modules["torch"].set_num_threads(wanted)
-
-
-def _one_bar_only() -> None:
-    """Switches off transformers' bars for loading and saving, which would drown ours; downloads keep theirs."""
-    if "transformers" in sys.modules:
-        importlib.import_module("transformers.utils.logging").disable_progress_bar()
-        importlib.import_module("huggingface_hub.utils").enable_progress_bars()
 
 
 def _parse(name: str, config_class: type, recipe: dict, flags: list[str], source: str | None) -> Any:
@@ -208,24 +234,20 @@ def _report(argv: list[str]) -> int:
 
 
 def _version() -> str:
-    names = ("rlhf_kernels", "torch", "transformers")
-    return ", ".join(f"{name} {_version_of(name)}" for name in names)
-
-
-def _version_of(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    return ", ".join(f"{name} {version}" for name, version in config_file.versions().items())
 
 
 def _help() -> str:
     stages = "\n".join(f"  {name:<8} {stage.about}" for name, stage in STAGES.items())
-    return f"""usage: {PROG} STAGE [options]      ({PROG} STAGE --help lists the options of a stage)
+    tools = "\n".join(f"  {name:<8} {about}" for name, (_, about) in TOOLS.items())
+    return f"""usage: {PROG} STAGE [options]
+       {PROG} STAGE --help lists the options of a stage
 
 stages:
 {stages}
+  resume   go on with a run that was stopped: {PROG} resume RUN
   report   write report.html again from a run folder
+{tools}
 
 {COMMON}
 

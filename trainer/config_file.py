@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,16 @@ def as_flags(recipe: Mapping[str, Any], given: Iterable[str]) -> list[str]:
     return flags
 
 
-def write_resolved(out_dir: str | Path, config: Any, comments: Iterable[str] = ()) -> Path:
-    """Writes every option of a run, defaults included, as a recipe that `--config` reads back.
+def write_resolved(
+    out_dir: str | Path, config: Any, comments: Iterable[str] = (), header: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes every option of a run, defaults included, as a recipe that `--config` reads back, from any folder.
 
     Args:
         out_dir: The run folder; made if need be.
         config: A flat dataclass.
         comments: Lines for the top of the file: what was run, on which data.
+        header: Values before the options: what else the run depends on.
 
     Returns:
         The path of `resolved.yaml`.
@@ -97,9 +101,37 @@ def write_resolved(out_dir: str | Path, config: Any, comments: Iterable[str] = (
 
     path = Path(out_dir) / RESOLVED
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    options = {f.name: _plain(_absolute(getattr(config, f.name))) for f in dataclasses.fields(config)}
+    body = yaml.safe_dump({**(header or {}), **options}, sort_keys=False, allow_unicode=True)
     path.write_text("".join(f"# {line}\n" for line in comments) + body, encoding="utf-8")
     return path
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder that an option means by `name`: that of a model, or the model in a run folder; else None."""
+    for folder in (Path(name) / "model", Path(name)):
+        if (folder / "config.json").is_file():
+            return folder
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a run computes."""
+    return {name: _version_of(name) for name in ("rlhf_kernels", "torch", "transformers")}
+
+
+def _version_of(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _absolute(value: Any) -> Any:
+    """Files and models by names that mean the same in every folder."""
+    if isinstance(value, Path) or (isinstance(value, str) and model_folder(value)):
+        return Path(value).absolute()
+    return value
 
 
 def plain(config: Any) -> dict[str, Any]:

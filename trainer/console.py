@@ -32,11 +32,11 @@ class Console:
         self.quiet = quiet
         self.rich = None if quiet else _rich_console()
 
-    def progress(self, stage: str, total: int) -> Progress:
-        """A bar of `total` steps."""
+    def progress(self, stage: str, total: int, done: int = 0) -> Progress:
+        """A bar of `total` steps, `done` of which lie behind."""
         if self.quiet:
             return SilentProgress()
-        return RichProgress(self.rich, stage, total) if self.rich else PlainProgress(stage, total)
+        return RichProgress(self.rich, stage, total, done) if self.rich else PlainProgress(stage, total, done)
 
     def note(self, text: str) -> None:
         """Prints one line of text, as it is."""
@@ -83,13 +83,13 @@ class SilentProgress:
 class PlainProgress:
     """About five lines per stage, more when it is slow: readable in a log file, quiet in a pipe."""
 
-    def __init__(self, stage: str, total: int) -> None:
-        self.stage, self.total = stage, total
+    def __init__(self, stage: str, total: int, done: int = 0) -> None:
+        self.stage, self.total, self.behind = stage, total, done
 
     def start(self) -> None:
         """Starts the clock."""
         self.began = self.printed_at = time.monotonic()
-        self.printed = 0
+        self.printed = self.behind
 
     def step(self, done: int, metrics: Mapping[str, float]) -> None:
         """Prints when a fifth of the stage or twenty seconds have passed."""
@@ -99,7 +99,7 @@ class PlainProgress:
             return
         self.printed, self.printed_at = done, now
         spent = now - self.began
-        left = f", {spent / done * (self.total - done):.0f} s left" if done < self.total else ""
+        left = f", {spent / (done - self.behind) * (self.total - done):.0f} s left" if done < self.total else ""
         count = f"{done:>{len(str(self.total))}}/{self.total}"
         print(f"{self.stage}  {count}  {headline(metrics)}  ({spent:.0f} s{left})", flush=True)
 
@@ -110,7 +110,7 @@ class PlainProgress:
 class RichProgress:
     """A moving bar with the latest metrics beside it."""
 
-    def __init__(self, console: Any, stage: str, total: int) -> None:
+    def __init__(self, console: Any, stage: str, total: int, done: int = 0) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         name = TextColumn("{task.fields[stage]}", style="bold", markup=False)
@@ -119,7 +119,7 @@ class RichProgress:
             name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True), latest,
             console=console,
         )  # fmt: skip
-        self.task = self.bar.add_task("", total=total, stage=stage, latest="")
+        self.task = self.bar.add_task("", total=total, completed=done, stage=stage, latest="")
 
     def start(self) -> None:
         """Shows the bar."""

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.data_file import rows, sha256
-from trainer.data_format import Record, Render, Unusable, demonstration, prompt_only, ranked, render_turns
+from trainer.data_format import Record, Render, Unusable, demonstration, labelled, prompt_only, ranked, render_turns
 
 __all__ = ["BAD_LIMIT", "Kind", "Record", "Render", "read", "render_turns", "sha256"]
 
-Kind = Literal["demonstrations", "ranked", "prompts"]
+Kind = Literal["demonstrations", "ranked", "labelled", "prompts"]
 BAD_LIMIT = 0.01
 SHOWN = 5
 PARSERS: dict[str, Callable[[Record, Render], Record]] = {
     "demonstrations": demonstration,
     "ranked": ranked,
+    "labelled": labelled,
     "prompts": prompt_only,
 }
 
@@ -44,7 +45,8 @@ def read(
         path: A jsonl, jsonl.gz or parquet file.
         kind: What to make of each line. `demonstrations` gives `{"prompt", "response"}`; `ranked` gives `{"prompt",
             "responses", "ranks"}` with lower ranks better, equal ranks tied, and a preference pair as two responses of
-            ranks [0, 1]; `prompts` gives `{"prompt", "extra"}`, where `extra` holds the other fields.
+            ranks [0, 1]; `labelled` gives `{"prompt", "responses", "labels"}`, true where desirable; `prompts` gives
+            `{"prompt", "extra"}`, where `extra` holds the other fields.
         render: Turns the messages of a conversation into a prompt; the default writes `\n\nHuman:` and
             `\n\nAssistant:` turns. Pass the tokenizer's chat template for a model that was trained with one.
         note: Receives one message about bad and one about unusable lines, if there are any; standard error by default.

@@ -1,4 +1,4 @@
-"""From the field names people use to the three kinds of record the stages train on."""
+"""From the field names people use to the four kinds of record the stages train on."""
 
 from __future__ import annotations
 
@@ -76,20 +76,63 @@ def ranked(row: Record, render: Render = render_turns) -> Record:
         ValueError: A field is missing or has the wrong type; the message names it.
         Unusable: A reply is empty, two replies of different rank are identical, or all ranks tie.
     """
-    if "responses" in row:
-        prompt, responses, ranks = _prompt(row, render), _responses(row), _ranks(row)
-        if len(responses) != len(ranks):
-            raise ValueError(f"{len(responses)} responses but {len(ranks)} ranks")
-    else:
-        prompt, *responses = _pair(row, render)
-        ranks = [0, 1]
+    record = ranking(row, render)
+    responses, ranks = record["responses"], record["ranks"]
     if not all(r.strip() for r in responses):
         raise Unusable(EMPTY)
     if len(set(ranks)) == 1:
         raise Unusable(TIED)
     if len(set(responses)) < len(set(zip(responses, ranks, strict=True))):
         raise Unusable(IDENTICAL)
-    return {"prompt": prompt, "responses": responses, "ranks": ranks}
+    return record
+
+
+def ranking(row: Record, render: Render = render_turns) -> Record:
+    """As `ranked`, without asking whether there is anything to learn.
+
+    Raises:
+        ValueError: A field is missing or has the wrong type; the message names it.
+    """
+    if "responses" in row:
+        prompt, responses, ranks = _prompt(row, render), _responses(row), _ranks(row)
+        if len(responses) != len(ranks):
+            raise ValueError(f"{len(responses)} responses but {len(ranks)} ranks")
+        return {"prompt": prompt, "responses": responses, "ranks": ranks}
+    prompt, *responses = _pair(row, render)
+    return {"prompt": prompt, "responses": responses, "ranks": [0, 1]}
+
+
+def labelled(row: Record, render: Render = render_turns) -> Record:
+    """`{"prompt", "responses", "labels"}`, true where a reply is desirable, from one reply with a `label`, from replies
+    with `correct`, or from a pair, whose chosen reply is desirable and whose rejected one is not.
+
+    Args:
+        row: One parsed line.
+        render: As in `demonstration`.
+
+    Raises:
+        ValueError: A field is missing or has the wrong type; the message names it.
+        Unusable: A reply is empty, or the two of a pair are identical.
+
+    >>> labelled({"prompt": "p", "completion": "r", "label": False})
+    {'prompt': 'p', 'responses': ['r'], 'labels': [False]}
+    """
+    if "label" in row:
+        if row["label"] not in (True, False):
+            raise ValueError(f"label must be true or false, got {_kind(row['label'])}")
+        one = demonstration(row, render)
+        return {"prompt": one["prompt"], "responses": [one["response"]], "labels": [bool(row["label"])]}
+    if "responses" not in row and "chosen" not in row:
+        raise ValueError(f"no label: want label, or chosen and rejected; found {_found(row)}")
+    if "responses" in row and "correct" not in row:
+        raise ValueError("responses need correct, a list of true and false; ranks do not say which reply is desirable")
+    record = ranking(row, render)
+    responses, labels = record["responses"], [rank == 0 for rank in record["ranks"]]
+    if not all(r.strip() for r in responses):
+        raise Unusable(EMPTY)
+    if len(set(responses)) < len(set(zip(responses, labels, strict=True))):
+        raise Unusable(IDENTICAL)
+    return {"prompt": record["prompt"], "responses": responses, "labels": labels}
 
 
 def prompt_only(row: Record, render: Render = render_turns) -> Record:

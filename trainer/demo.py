@@ -124,7 +124,8 @@ class Demo:
 
         stage = ppo.PPOConfig(
             model=str(self.cfg.out / "sft"), reward=str(self.cfg.out / rewarding), out=self.cfg.out / name,
-            data=self.cfg.out / "data" / "prompts.jsonl", seed=self.cfg.seed, max_new_tokens=MAX_NEW_TOKENS, **options,
+            data=self.cfg.out / "data" / "prompts.jsonl", seed=self.cfg.seed, max_new_tokens=MAX_NEW_TOKENS,
+            gold_reward="trainer.demo_task:hidden_judge", **options,
         )  # fmt: skip
         return ppo.train(stage, self.log, name=name, evaluate=glance)
 

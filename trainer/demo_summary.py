@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.demo_eval import Judged
 from trainer.evaluate import Estimate, mean
 from trainer.log import RunLog
+from trainer.watch import raised
 
 SHOWN = 4
+ALARM_WITHIN = 20  # updates
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def summarise(
             "score_before": mean(arm.scores_before),
             "score_after": mean(arm.scores_after),
         }
-    accepted = acceptance(before, arms)
+    accepted = acceptance(before, arms, raised(log.out_dir))
     for name, columns in (("Held-out, by the judge", models), ("Reward models", rewards)):
         rows = list(dict.fromkeys(row for column in columns.values() for row in column))
         cells = [(row.replace("_", " "), *(str(c.get(row, "")) for c in columns.values())) for row in rows]
@@ -60,7 +63,7 @@ def summarise(
     return summary
 
 
-def acceptance(before: Judged, arms: dict[str, Arm]) -> dict[str, bool]:
+def acceptance(before: Judged, arms: dict[str, Arm], alarms: Sequence[Mapping[str, Any]] = ()) -> dict[str, bool]:
     """What this demo promises at its full length."""
     main, accuracy = arms["ppo"], arms["ppo"].accuracy
     promised = {
@@ -68,11 +71,13 @@ def acceptance(before: Judged, arms: dict[str, Arm]) -> dict[str, bool]:
         "reward_accuracy": accuracy is not None and accuracy.value >= 0.85,
         "ppo_win_rate": main.after.against(before).low > 0.70,
         "ppo_exact": main.after.exact.value >= before.exact.value + 0.15,
+        "ppo_no_alarm": all(alarm["stage"] != "ppo" for alarm in alarms),
     }
     if "hack" in arms:
         hack = arms["hack"]
         promised["hack_reward_rises"] = mean(hack.scores_before).high < mean(hack.scores_after).low
         promised["hack_judge_falls"] = hack.after.judge.high < before.judge.low
+        promised["hack_alarm"] = any(alarm["stage"] == "hack" and alarm["step"] <= ALARM_WITHIN for alarm in alarms)
     return promised
 
 

@@ -69,6 +69,11 @@ def judge(prompt: str, response: str, ended: bool = True) -> Verdict:
     return Verdict(score, exact, opening in POLITE and closing in CLOSING)
 
 
+def hidden_judge(prompts: Sequence[str], responses: Sequence[str], extras: Sequence[object]) -> list[float]:
+    """The judge as a gold reward, for a monitor to look at. Whether a response ended is not asked here."""
+    return [judge(prompt, response).score for prompt, response in zip(prompts, responses, strict=True)]
+
+
 def annotate(prompt: str, responses: Sequence[tuple[str, bool]], source: random.Random, noise: float) -> list[int]:
     """Ranks from best (0) to worst, by an annotator whose choices follow Plackett-Luce around the judge's score.
 

@@ -56,3 +56,23 @@ def win_rate(mine: Sequence[float], theirs: Sequence[float]) -> Estimate:
     """Share of prompts on which the first scores higher; ties count half."""
     wins = sum(0.5 if a == b else float(a > b) for a, b in zip(mine, theirs, strict=True))
     return proportion(wins, len(mine))
+
+
+def ratio_change(before: Sequence[float], after: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Relative change of a sum over items that were measured twice, with a paired percentile bootstrap interval.
+
+    Args:
+        before: Per item; the sum is not zero.
+        after: The same items again.
+        resamples: Draws.
+        seed: Of the draws.
+
+    Example:
+        >>> print(ratio_change([1.0, 2.0, 3.0], [1.1, 2.2, 3.3]))
+        0.100 [0.100, 0.100]
+    """
+    x, y = torch.tensor(before, dtype=torch.float64), torch.tensor(after, dtype=torch.float64)
+    draws = torch.randint(len(x), (resamples, len(x)), generator=torch.Generator().manual_seed(seed))
+    changes = y[draws].sum(1) / x[draws].sum(1) - 1
+    low, high = torch.quantile(changes, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(float(y.sum() / x.sum() - 1), low, high)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-import rlhf_kernels as rk
 from trainer.models import Policy, ScalarModel
 from trainer.packing import Packed, split
 from trainer.rewards import Reward
 from trainer.rollout import sample
+from trainer.shaping import shaped
+from trainer.shared_value import SharedValue
 
 if TYPE_CHECKING:
-    from trainer.ppo import PPOConfig
+    from trainer.rl_config import RLConfig
+
+PER_SEQUENCE = ("scores", "truncated")
 
 
 @dataclass(frozen=True)
@@ -25,19 +30,36 @@ class Experience:
 
     packed: Packed
     old_logp: Tensor  # [N]
-    values: Tensor  # [N]
-    advantages: Tensor  # [N], whitened over the whole rollout
-    returns: Tensor  # [N]
+    ref_logp: Tensor  # [N]
+    entropy: Tensor  # [N]
     scores: Tensor  # [S]
+    truncated: Tensor  # [S] bool
+    values: Tensor | None = None  # [N], where there is a value model
+    token_weight: Tensor | None = None  # [N], where sampler and trainer are not taken for equal
+    advantages: Tensor | None = None  # [N]
+    returns: Tensor | None = None  # [N], where there is a value model
 
     def select(self, indices: Sequence[int]) -> Experience:
         """The given sequences."""
         packed, rows = self.packed.select(indices)
         chosen = torch.tensor(indices, device=self.scores.device)
-        return Experience(
-            packed, self.old_logp[rows], self.values[rows], self.advantages[rows], self.returns[rows],
-            self.scores[chosen],
-        )  # fmt: skip
+        columns: dict[str, Tensor | None] = {}
+        for field in dataclasses.fields(self)[1:]:
+            x = getattr(self, field.name)
+            columns[field.name] = None if x is None else x[chosen if field.name in PER_SEQUENCE else rows]
+        return Experience(packed, **columns)  # type: ignore[arg-type]
+
+    def ended(self) -> Experience | None:
+        """Without the responses that the limit cut off; None if that leaves nothing."""
+        if not bool(self.truncated.any()):
+            return self
+        kept = (~self.truncated).nonzero().squeeze(1).tolist()
+        return self.select(kept) if kept else None
+
+    def parts(self, chosen: Sequence[int], max_tokens: int) -> list[Experience]:
+        """Micro-batches of the chosen sequences."""
+        parts = split([self.packed.lengths[i] for i in chosen], max_tokens)
+        return [self.select([chosen[i] for i in part]) for part in parts]
 
 
 def in_parts(packed: Packed, max_tokens: int, score: Callable[[Packed], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -51,27 +73,29 @@ def in_parts(packed: Packed, max_tokens: int, score: Callable[[Packed], tuple[Te
 
 @torch.no_grad()
 def collect(
-    cfg: PPOConfig,
+    cfg: RLConfig,
     policy: Policy,
     reference: Policy,
-    value: ScalarModel,
+    value: ScalarModel | SharedValue | None,
     reward: Reward,
-    beta: float,
     prompts: Sequence[list[int]],
     records: Sequence[dict[str, Any]],
     generator: torch.Generator,
-) -> tuple[Experience | None, dict[str, float]]:
-    """Samples one response per prompt and scores it.
+) -> tuple[Experience, dict[str, float]]:
+    """Samples one response per prompt, scores it, and looks at it with every model.
 
     Log-probabilities come from the training forward, never from the sampler, so that the first ratio is one.
 
     Returns:
-        The experience, or None if every response was left out as truncated; and what to log about it.
+        The experience, still without advantages, and what to log about it.
     """
+    began = perf_counter()
     rollout = sample(
         policy, prompts,
-        max_new_tokens=cfg.max_new_tokens, generator=generator, temperature=cfg.temperature,
+        max_new_tokens=cfg.max_new_tokens, generator=generator, temperature=cfg.temperature, top_p=cfg.top_p,
+        sampler=cfg.sampler,
     )  # fmt: skip
+    sampled = perf_counter()
     device = policy.weight.device
     packed = rollout.pack(device)
     truncated = torch.tensor(rollout.truncated, device=device)
@@ -79,40 +103,66 @@ def collect(
     lengths = torch.tensor([float(len(rollout.response(i))) for i in range(len(prompts))])
     metrics = {
         "objective/scores": float(scores.mean()),
+        "objective/scores_std": float(scores.std(unbiased=False)),
         "response/length": float(lengths.mean()),
-        "response/truncated": float(truncated.float().mean()),
+        "response/truncated": sum(rollout.truncated) / len(rollout.truncated),
         "val/num_eos_tokens": float((~truncated).sum()),
     }
-    if cfg.truncation == "penalise":
-        scores = torch.where(truncated, cfg.truncation_score, scores)
+    scores = shaped(cfg, scores, lengths.to(device), truncated)
 
     def score(part: Packed) -> tuple[Tensor, ...]:
         stats = policy.stats(part, cfg.temperature)
-        return stats.logp, stats.entropy, reference.stats(part, cfg.temperature).logp, value.values(part)
+        seen = stats.logp, stats.entropy, reference.stats(part, cfg.temperature).logp
+        return seen if value is None else (*seen, value.values(part))
 
-    logp, entropy, ref_logp, values = in_parts(packed, cfg.max_tokens, score)
-    metrics["rollout/sampler_delta"] = rollout.sampler_delta(packed, logp)
-    bootstrap = torch.where(truncated, values[packed.last_rows], 0.0) if cfg.truncation == "bootstrap" else None
-    if cfg.truncation == "mask" and bool(truncated.any()):
-        kept = (~truncated).nonzero().squeeze(1).tolist()
-        if not kept:
-            return None, metrics
-        packed, rows = packed.select(kept)
-        logp, entropy, ref_logp, values = (x[rows] for x in (logp, entropy, ref_logp, values))
-        scores = scores[~truncated]
-    mask = packed.mask
-    rewards, kl = rk.shaped_rewards(scores, logp, ref_logp, packed.cu_seqlens, beta=beta, mask=mask, kl="k1")
-    advantages, returns = rk.gae(
-        rewards, values, packed.cu_seqlens, gamma=cfg.gamma, lam=cfg.lam, mask=mask, bootstrap=bootstrap
-    )
-    kept_returns, error = returns[mask], (returns - values)[mask]
-    metrics |= {
+    logp, entropy, ref_logp, *values = in_parts(packed, cfg.max_tokens, score)
+    weight, agreement = importance(logp, rollout.logp_of(packed), packed.mask, cfg.importance_cap)
+    metrics |= agreement | {
+        "rollout/sampler_delta": rollout.sampler_delta(packed, logp),
+        "timing/generation": sampled - began,
+        "timing/scoring": perf_counter() - sampled,
+    }
+    return Experience(packed, logp, ref_logp, entropy, scores, truncated, *values, token_weight=weight), metrics
+
+
+def importance(
+    logp: Tensor, sampler_logp: Tensor, mask: Tensor, cap: float | None
+) -> tuple[Tensor | None, dict[str, float]]:
+    """Truncated importance weights between sampler and trainer, which run different code on the same weights.
+
+    Yao et al. 2025, https://fengyao.notion.site/off-policy-rl: ``min(trainer / sampler, cap)`` per token.
+
+    Args:
+        logp: [N] of the training forward.
+        sampler_logp: [N] as the sampler saw it.
+        mask: [N] bool, response tokens.
+        cap: Largest weight; None leaves the weights out.
+
+    Returns:
+        The weights [N], one outside the mask, or None; and the ratio's extremes, the effective sample size
+        ``(sum w)^2 / (n sum w^2)`` of what counts, and the share of tokens that the cap holds.
+    """
+    ratio = torch.where(mask, (logp - sampler_logp).double(), 0.0).exp()
+    kept = ratio[mask]
+    counted = kept if cap is None else kept.clamp(max=cap)
+    size = max(len(kept), 1)
+    metrics = {
+        "sampling/importance_ratio_min": float(kept.min()),
+        "sampling/importance_ratio_max": float(kept.max()),
+        "sampling/ess": float(counted.sum().square() / (size * counted.square().sum())),
+    }
+    if cap is None:
+        return None, metrics
+    metrics["sampling/capped"] = float((kept > cap).double().mean())
+    return ratio.clamp(max=cap).to(logp.dtype), metrics
+
+
+def objective(batch: Experience, kl: Tensor, beta: float) -> dict[str, float]:
+    """What the policy is after: scores [S] less the price of the KL [S], by the names of 2019."""
+    return {
         "objective/kl": float(kl.mean()),
         "objective/kl_coef": beta,
-        "objective/entropy": float(entropy.sum() / len(scores)),
-        "objective/rlhf_reward": float((scores - beta * kl).mean()),
+        "objective/entropy": float(batch.entropy.sum() / len(batch.scores)),
+        "objective/rlhf_reward": float((batch.scores - beta * kl).mean()),
         "objective/non_score_reward": float((-beta * kl).mean()),
-        "val/explained_var": float(1 - error.var(unbiased=False) / kept_returns.var(unbiased=False).clamp(min=1e-8)),
     }
-    experience = Experience(packed, logp, values, rk.whiten(advantages, mask), returns, scores)
-    return experience, metrics

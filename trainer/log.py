@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from trainer.console import Console
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+CHECKPOINTS = "checkpoints"
 METRICS, SAMPLES, SUMMARY, REPORT = "metrics.jsonl", "samples.jsonl", "summary.json", "report.html"
+ALARMS = "alarms.jsonl"
 SHOWN_SAMPLES = 4
 
 
@@ -27,17 +37,56 @@ def claim(out_dir: str | Path, *, overwrite: bool = False) -> Path:
         The folder.
 
     Raises:
-        ValueError: It holds a finished run and `overwrite` is false, or it is a file.
+        ValueError: `overwrite` is false and it holds a finished run, or one that can go on; or a run is under way in
+            it; or it is a file.
     """
     folder = Path(out_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file, want a folder")
     if (folder / SUMMARY).exists() and not overwrite:
         raise ValueError(f"out: {folder} holds a finished run; pass --overwrite to replace it, or another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (SUMMARY, METRICS, SAMPLES, REPORT):
-        (folder / name).unlink(missing_ok=True)
+    if has_checkpoints(folder) and not overwrite:
+        raise ValueError(
+            f"out: {folder} holds a run that was stopped: `rlhf-train resume {folder}` goes on with it, --overwrite "
+            "starts again"
+        )
+    with alone(folder):
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        for name in (SUMMARY, METRICS, SAMPLES, ALARMS, REPORT):
+            (folder / name).unlink(missing_ok=True)
     return folder
+
+
+def has_checkpoints(out_dir: str | Path) -> bool:
+    """A run in this folder was stopped, and can go on."""
+    folders = [path.parent for path in (Path(out_dir) / CHECKPOINTS).glob("*/manifest.json")]
+    return any(folder.suffix not in (".saving", ".removed") for folder in folders)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in the same folder, where the system can.
+
+    Raises:
+        ValueError: One does already.
+    """
+    if fcntl is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"out: another process is training in {folder}; wait for it, or take another --out"
+            ) from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class RunLog:
@@ -53,19 +102,20 @@ class RunLog:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self.console = Console(quiet)
 
-    def start(self, stage_name: str, total_steps: int) -> Bar:
+    def start(self, stage_name: str, total_steps: int, *, done: int = 0) -> Bar:
         """One stage's progress bar, as a context manager; `bar.step({...})` logs a step.
 
         Args:
             stage_name: Names the stage in metrics.jsonl and in the report's plots; several arms, several names.
-            total_steps: How many times `step` will be called.
+            total_steps: How many times `step` will be called, by this run and the one that it resumes.
+            done: How many of these times lie behind.
 
         Raises:
             ValueError: `total_steps` is not positive.
         """
         if total_steps < 1:
             raise ValueError(f"total_steps: got {total_steps}, want at least 1")
-        return Bar(self, stage_name, total_steps)
+        return Bar(self, stage_name, total_steps, done)
 
     def table(self, title: str, rows: Sequence[tuple[str, ...]]) -> None:
         """Shows a small table: a name and one or more values per row."""
@@ -81,9 +131,46 @@ class RunLog:
         _append(self.out_dir / SAMPLES, ({"title": title, **sample} for sample in samples))
         self.console.samples(title, samples[:SHOWN_SAMPLES])
 
+    def samples_bytes(self) -> int:
+        """Size of samples.jsonl, for ``cut``."""
+        path = self.out_dir / SAMPLES
+        return path.stat().st_size if path.exists() else 0
+
+    def sync(self) -> None:
+        """Waits until what was logged is on the disk."""
+        for path in (self.out_dir / name for name in (METRICS, SAMPLES, ALARMS)):
+            if path.exists():
+                with path.open("ab") as file:
+                    os.fsync(file.fileno())
+
+    def cut(self, stage_name: str, step: int, samples_bytes: int | None) -> None:
+        """Takes back what was logged after a checkpoint, half a line at the end included.
+
+        Args:
+            stage_name: The stage whose metrics are meant; those of others stay.
+            step: The last step to keep.
+            samples_bytes: How much of samples.jsonl to keep; None is all of it.
+        """
+        for name in (METRICS, ALARMS):
+            path = self.out_dir / name
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in lines if not _is_beyond(line, stage_name, step)]
+            if kept != lines:
+                _write_whole(path, b"".join(kept))
+        path = self.out_dir / METRICS
+        records = map(json.loads, path.read_bytes().splitlines() if path.exists() else [])
+        if [r["step"] for r in records if r.get("stage") == stage_name] != list(range(1, step + 1)):
+            self.warn(f"{path} should hold steps 1 to {step} of {stage_name}, and does not: it was changed meanwhile")
+        if samples_bytes is not None and self.samples_bytes() > samples_bytes:
+            os.truncate(self.out_dir / SAMPLES, samples_bytes)
+
     def note(self, text: str) -> None:
         """Shows a line of text."""
         self.console.note(text)
+
+    def warn(self, text: str) -> None:
+        """Says what has to be known, to standard error, in a quiet run too."""
+        print(text, file=sys.stderr, flush=True)
 
     def summary(self, summary: Mapping[str, Any]) -> Path:
         """Writes summary.json, all of it or nothing; its presence marks the run as finished.
@@ -94,23 +181,17 @@ class RunLog:
         Returns:
             The path of the file.
         """
-        path = self.out_dir / SUMMARY
-        draft = path.with_suffix(".tmp")
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(_jsonable(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        return path
+        text = json.dumps(_jsonable(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return _write_whole(self.out_dir / SUMMARY, text.encode())
 
 
 class Bar:
     """A stage under way; made by `RunLog.start`."""
 
-    def __init__(self, run_log: RunLog, stage: str, total: int) -> None:
-        self.stage, self.steps = stage, 0
+    def __init__(self, run_log: RunLog, stage: str, total: int, done: int) -> None:
+        self.stage, self.steps = stage, done
         self._path = run_log.out_dir / METRICS
-        self._shown = run_log.console.progress(stage, total)
+        self._shown = run_log.console.progress(stage, total, done)
 
     def __enter__(self) -> Bar:
         self._file = self._path.open("a", encoding="utf-8")
@@ -119,19 +200,49 @@ class Bar:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._shown.stop()
-        self._file.close()
+        # A line that did not fit on the disk does not fit now either; the first error is the one to tell.
+        with suppress(*([OSError] if error is not None else [])):
+            self._file.close()
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Logs one step, counted from 1, and flushes it to disk.
 
         Args:
             metrics: Names to numbers (Python or 0-d tensors); not-a-number and infinities are written as null.
+
+        Raises:
+            OSError: The disk is full, or worse.
         """
         self.steps += 1
         values = {name: float(value) for name, value in metrics.items()}
-        self._file.write(_line({"stage": self.stage, "step": self.steps, **values}))
-        self._file.flush()
+        try:
+            self._file.write(_line({"stage": self.stage, "step": self.steps, **values}))
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno, f"step {self.steps} could not be logged: {error.strerror}", str(self._path)
+            ) from error
         self._shown.step(self.steps, values)
+
+
+def _is_beyond(line: bytes, stage_name: str, step: int) -> bool:
+    """A line of a later step, or the half of one."""
+    try:
+        record = json.loads(line)
+        return not line.endswith(b"\n") or (record["stage"] == stage_name and record["step"] > step)
+    except (ValueError, KeyError, TypeError):
+        return True
+
+
+def _write_whole(path: Path, contents: bytes) -> Path:
+    """Writes all of a file or nothing."""
+    draft = path.with_suffix(".tmp")
+    with draft.open("wb") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    return path
 
 
 def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -135,7 +135,9 @@ def load_policy(path: str) -> Policy:
             do not give the hidden states that they give alone.
     """
     path = resolve(path)
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation=NAME, dtype=torch.float32, use_safetensors=True
+    )
     policy = Policy(model, AutoTokenizer.from_pretrained(path))
     _check(policy, path)
     return policy
@@ -147,7 +149,9 @@ def load_scalar(path: str, generator: torch.Generator | None = None) -> ScalarMo
     config = AutoConfig.from_pretrained(path)
     if not any("SequenceClassification" in a for a in config.architectures or []):
         return scalar_from(load_policy(path), generator)
-    model = AutoModelForSequenceClassification.from_pretrained(path, attn_implementation=NAME, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, attn_implementation=NAME, dtype=torch.float32, use_safetensors=True
+    )
     return ScalarModel(model, AutoTokenizer.from_pretrained(path))
 
 

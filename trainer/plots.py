@@ -13,6 +13,7 @@ MAX_POINTS = 240
 SMOOTH_ABOVE = 24
 HOVER_POINTS = 40
 COLORS = 6
+INKS = ("#2f6fb3", "#c8741a", "#1f8a63", "#b8405e", "#7a5bb5", "#6b7280")  # of drawings, which have no stylesheet
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,44 @@ def chart(title: str, lines: Sequence[Line], about: str = "", guide: float | Non
         f"<figure><figcaption><b>{escape(title)}</b><span class=legend>{legend}</span>"
         f"<small>{escape(about)}</small></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg></figure>'
+    )
+
+
+def drawing(
+    title: str, lines: Sequence[Line], guide: float | None = None, marks: Sequence[tuple[float, float, str]] = ()
+) -> str:
+    """The same as a file of its own, for documents, on a white ground and without what to hover over.
+
+    Args:
+        title: Above the curves.
+        lines: Curves; those of one colour are arms of one kind, and the first of each is named.
+        guide: Height of a dashed horizontal line.
+        marks: (x, y, what happened there), as dots.
+    """
+    values = [v for line in lines for v in line.y]
+    x_low, x_high = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
+    y_ticks = ticks(*_span([*values, *_maybe(guide)]))
+    frame = Frame(x_low, max(x_high, x_low + 1), y_ticks[0], y_ticks[-1])
+    body = [_grid(frame, y_ticks, [t for t in ticks(x_low, x_high, 5, whole=True) if x_low <= t <= x_high])]
+    if guide is not None:
+        y = frame.y(guide)
+        body.append(f'<path d="M{LEFT} {y}H{WIDTH - RIGHT}" stroke="#646b76" stroke-dasharray="4 4"/>')
+    for line in lines:
+        points = _points([(frame.x(x), frame.y(y)) for x, y in zip(line.x, line.y, strict=True)])
+        body.append(f'<polyline points="{points}" stroke="{INKS[line.color % len(INKS)]}"/>')
+    body += [
+        f'<circle cx="{frame.x(x)}" cy="{frame.y(y)}" r="3"><title>{escape(s)}</title></circle>' for x, y, s in marks
+    ]
+    names: dict[int, str] = {}
+    for line in lines:
+        names.setdefault(line.color, line.name.split()[0])
+    legend = "".join(f'<tspan fill="{INKS[c % len(INKS)]}" dx="8">{escape(n)}</tspan>' for c, n in names.items())
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -20 {WIDTH} {HEIGHT + 20}" width="{2 * WIDTH}" '
+        f'font-family="sans-serif" font-size="9" fill="#646b76"><rect y="-20" width="{WIDTH}" height="{HEIGHT + 20}" '
+        f'fill="#fff"/><text x="{LEFT}" y="-6" font-size="12" fill="#1d2127">{escape(title)}{legend}</text>'
+        f'<g fill="none" stroke-width="1.2"><style>.grid{{stroke:#e3e4e0}}g text{{fill:#646b76}}circle{{fill:#1d2127}}'
+        f"</style>{''.join(body)}</g></svg>\n"
     )
 
 

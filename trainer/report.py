@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config_file import RESOLVED
-from trainer.log import METRICS, REPORT, SAMPLES, SUMMARY
+from trainer.log import ALARMS, METRICS, REPORT, SAMPLES, SUMMARY
 from trainer.plots import chart
 from trainer.report_panels import PANELS, Curves, leftovers, panel_lines
 from trainer.report_style import STYLE
@@ -57,7 +57,7 @@ def write(out_dir: str | Path) -> Path:
     stages = list(dict.fromkeys(stage for stage, _ in curves))
     parts = [
         _header(folder, stages, finished=bool(summary)),
-        _verdicts(summary.pop("verdicts", [])),
+        _verdicts([*summary.pop("verdicts", []), *map(_alarm, _json_lines(folder / ALARMS))]),
         _section("Results", tables(summary)),
         _section("Training", _grid(_panels(curves, stages)), "Hover over a curve for its values."),
         _section("Samples", _samples(_json_lines(folder / SAMPLES))),
@@ -125,6 +125,12 @@ def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> str:
         for v in verdicts
     )
     return f"<div class=verdicts>{''.join(boxes)}</div>"
+
+
+def _alarm(alarm: Mapping[str, Any]) -> dict[str, Any]:
+    title = f"Alarm in {alarm.get('stage')}, update {alarm.get('step')}: {words(str(alarm.get('name')))}"
+    message = str(alarm.get("message", ""))
+    return {"title": title, "text": f"Since update {alarm.get('since')}, {message}", "ok": False}
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -16,13 +16,17 @@ import torch
 
 import rlhf_kernels as rk
 from trainer import data
+from trainer.chat import render_for
+from trainer.cursor import Cursor
 from trainer.evaluate import Estimate, proportion
 from trainer.log import RunLog
 from trainer.models import ScalarModel, load_policy
 from trainer.packing import Packed, Sample, pack, split
 from trainer.rollout import sample
-from trainer.stage import Optimizer, StageConfig, autocast, generator, prepare, scalar_for, shuffled
-from trainer.text import encode_pairs, encode_prompts
+from trainer.session import Session
+from trainer.stage import Optimizer, StageConfig, autocast, generator, scalar_for
+from trainer.state import Progress
+from trainer.text import Note, encode_pairs, encode_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,51 +116,64 @@ class Trained(NamedTuple):
     accuracy: Estimate | None
 
 
-def train(cfg: RewardConfig, log: RunLog | None = None, *, name: str = "reward") -> Trained:
+@dataclass
+class RewardState(Progress):
+    """Everything that a step changes."""
+
+    model: ScalarModel
+    optimizer: Optimizer
+    cursor: Cursor
+
+
+def train(cfg: RewardConfig, log: RunLog | None = None, *, name: str = "reward", resume: bool = False) -> Trained:
     """Trains a reward model and saves it, with its mean and deviation, in ``cfg.out / "model"``.
 
     Args:
         cfg: The configuration.
         log: Where to log; None makes a log in ``cfg.out``.
         name: Of the stage in the log.
+        resume: Go on from the last checkpoint in ``cfg.out``, if there is one.
     """
-    device = prepare(cfg)
-    own, log = log is None, log or RunLog(cfg.out, quiet=cfg.quiet)
-    records = data.read(cfg.data, "ranked", note=log.note)
-    model = scalar_for(cfg, cfg.model, [r["prompt"] + " " + x for r in records for x in r["responses"]], device)
-    groups = groups_of(cfg, model.tokenizer, records)
-    optimizer = Optimizer(cfg, model, cfg.steps)
-    metrics: dict[str, float] = {}
-    with log.start(name, cfg.steps) as bar:
-        for indices in islice(shuffled(len(groups), cfg.batch_size, cfg.seed), cfg.steps):
-            batches = micro_batches([groups[i] for i in indices], cfg.max_tokens, device)
+    with Session(cfg, log, name, resume=resume) as session:
+        log, device = session.log, session.device
+        records = data.read(cfg.data, "ranked", render=render_for(cfg.model), note=log.note)
+        model = scalar_for(cfg, cfg.model, [r["prompt"] + " " + x for r in records for x in r["responses"]], device)
+        groups = groups_of(cfg, model.tokenizer, records, log.note)
+        state = RewardState(
+            model, Optimizer(cfg, model, cfg.steps, name="reward model"), Cursor(len(groups), cfg.batch_size, cfg.seed)
+        )
+        for _ in session.steps(state, cfg.steps):
+            batches = micro_batches([groups[i] for i in state.cursor.next()], cfg.max_tokens, device)
             counts = [b.count for b in batches]
 
             def step_loss(batch: RankedBatch, num_groups: int = sum(counts)) -> rk.LossOutput:
                 with autocast(cfg, device):
                     return loss(cfg, model, batch, num_groups)
 
-            metrics = optimizer.step(batches, step_loss, counts)
-            bar.step(metrics)
-    model.set_statistics(_calibrating_scores(cfg, model, [r["prompt"] for r in records], groups, device))
-    result: dict[str, Any] = {"ranked_prompts": len(groups), "last_accuracy": round(metrics["accuracy"], 3)}
-    accuracy = None
-    if cfg.eval_data is not None:
-        held_out = groups_of(cfg, model.tokenizer, data.read(cfg.eval_data, "ranked", note=log.note))
-        accuracy = proportion(*agreement(model, held_out, cfg.max_tokens, device))
-        result["held_out_accuracy"] = accuracy
-    log.table("Reward model", [(k.replace("_", " "), str(v)) for k, v in result.items()])
-    model.save(cfg.out / "model")
-    if own:
-        log.summary({name: result | ({"held_out_accuracy": accuracy.to_dict()} if accuracy else {})})
+            session.done(state.optimizer.step(batches, step_loss, counts))
+        model.set_statistics(_calibrating_scores(cfg, model, [r["prompt"] for r in records], groups, device))
+        result: dict[str, Any] = {"ranked_prompts": len(groups), "last_accuracy": round(state.last["accuracy"], 3)}
+        accuracy = None
+        if cfg.eval_data is not None:
+            held_out = groups_of(
+                cfg, model.tokenizer, data.read(cfg.eval_data, "ranked", render=render_for(cfg.model), note=log.note)
+            )
+            accuracy = proportion(*agreement(model, held_out, cfg.max_tokens, device))
+            result["held_out_accuracy"] = accuracy
+        log.table("Reward model", [(k.replace("_", " "), str(v)) for k, v in result.items()])
+        session.save(model)
+        if session.own:
+            log.summary({name: result | ({"held_out_accuracy": accuracy.to_dict()} if accuracy else {})})
     return Trained(model, accuracy)
 
 
-def groups_of(cfg: RewardConfig, tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[Ranked]:
+def groups_of(
+    cfg: RewardConfig, tokenizer: Any, records: Sequence[dict[str, Any]], note: Note | None = None
+) -> list[Ranked]:
     """Ranked records as token sequences."""
     prompts = [r["prompt"] for r in records for _ in r["responses"]]
     responses = [x for r in records for x in r["responses"]]
-    samples = iter(encode_pairs(tokenizer, prompts, responses, cfg.max_length))
+    samples = iter(encode_pairs(tokenizer, prompts, responses, cfg.max_length, note=note))
     return [Ranked(list(islice(samples, len(r["responses"]))), list(r["ranks"])) for r in records]
 
 

@@ -1,4 +1,7 @@
-"""Where rewards come from: a reward model, or any Python function of prompts and responses."""
+"""Where rewards come from: a reward model, a Python function, an HTTP endpoint, or a judge that compares.
+
+Each gives one finite number per response, or an error that names the response.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from torch import Tensor
 
 from trainer.models import ScalarModel, load_scalar, resolve
 from trainer.packing import pack, split
+from trainer.reward_compare import COMPARE, by_comparison
+from trainer.reward_http import endpoint
 from trainer.rollout import Rollout
 from trainer.text import decode, encode_pairs
 
@@ -43,24 +48,43 @@ def exact_answer(prompts: Sequence[str], responses: Sequence[str], extras: Seque
 
 
 def reward_from(name: str, tokenizer: Any, *, max_length: int, max_tokens: int, device: torch.device) -> Reward:
-    """A reward by name: a reward model's folder, ``module:function``, or a function of this module.
+    """A reward by name.
+
+    Args:
+        name: A reward model's folder; ``module:function``; a function of this module; ``http://...``; or
+            ``compare:module:function``.
+        tokenizer: Of the policy.
+        max_length: Tokens that a reward model with another tokenizer reads.
+        max_tokens: Tokens per forward pass of a reward model.
+        device: Where a reward model goes.
 
     Raises:
         ValueError: If it is none of these.
     """
+    if name.startswith(("http://", "https://")):
+        return _from_function(endpoint(name), name, tokenizer, alone=False)
+    if name.startswith(COMPARE):
+        judge = by_comparison(_function(name.removeprefix(COMPARE), name))
+        return _from_function(judge, name, tokenizer, alone=False)
     if (Path(resolve(name)) / "config.json").exists():
         model = load_scalar(name).to(device).requires_grad_(False)
-        return _from_model(model, tokenizer, max_length=max_length, max_tokens=max_tokens, device=device)
-    module, _, function = name.rpartition(":")
+        return _from_model(model, name, tokenizer, max_length=max_length, max_tokens=max_tokens, device=device)
+    return _from_function(_function(name, name), name, tokenizer)
+
+
+def _function(path: str, name: str) -> Callable[..., Any]:
+    module, _, function = path.rpartition(":")
     try:
-        found = getattr(importlib.import_module(module or __name__), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward: got {name!r}, want a reward model's folder or module:function ({error})") from error
-    return _from_function(found, name, tokenizer)
+        return getattr(importlib.import_module(module or __name__), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"reward: got {name!r}, want a reward model's folder or module:function, compare:module:function or an "
+            f"http address ({error})"
+        ) from error
 
 
 def _from_model(
-    model: ScalarModel, tokenizer: Any, *, max_length: int, max_tokens: int, device: torch.device
+    model: ScalarModel, name: str, tokenizer: Any, *, max_length: int, max_tokens: int, device: torch.device
 ) -> Reward:
     # Equal vocabularies give equal ids. Otherwise text is the common language, and the model reads its own tokens.
     shared = model.tokenizer.get_vocab() == tokenizer.get_vocab()
@@ -72,24 +96,62 @@ def _from_model(
             prompts, ended = [r["prompt"] for r in records], [not t for t in rollout.truncated]
             samples = encode_pairs(model.tokenizer, prompts, responses_of(rollout, tokenizer), max_length, ended)
         parts = split([len(s.tokens) for s in samples], max_tokens)
-        return torch.cat([model.scores(pack([samples[i] for i in part], device)) for part in parts])
+        scores = torch.cat([model.scores(pack([samples[i] for i in part], device)) for part in parts])
+        if not bool(scores.isfinite().all()):
+            at = int((~scores.isfinite()).nonzero()[0])
+            _refuse(name, float(scores[at]), records[at]["prompt"], responses_of(rollout, tokenizer)[at])
+        return scores
 
     return score
 
 
-def _from_function(function: RewardFunction, name: str, tokenizer: Any) -> Reward:
+def _from_function(function: RewardFunction, name: str, tokenizer: Any, *, alone: bool = True) -> Reward:
+    """``alone``: whether the function can be asked about one sample, to find the one at which it fails."""
+
     def score(rollout: Rollout, records: Sequence[dict[str, Any]]) -> Tensor:
         responses = responses_of(rollout, tokenizer)
         prompts, extras = [r["prompt"] for r in records], [r.get("extra", {}) for r in records]
-        scores = [float(x) for x in function(prompts, responses, extras)]
-        if len(scores) != len(responses):
-            raise ValueError(f"reward: {name} gave {len(scores)} scores for {len(responses)} responses")
-        for response, x in zip(responses, scores, strict=True):
-            if not math.isfinite(x):
-                raise ValueError(f"reward: {name} gave {x} to the response {response!r}, want a finite number")
+        try:
+            found = list(function(prompts, responses, extras))
+        except Exception as error:
+            what = f"reward: {name} raised {type(error).__name__}: {error}"
+            where = _sample(function, prompts, responses, extras) if alone else ""
+            raise ValueError(what + where) from error
+        if len(found) != len(responses):
+            raise ValueError(
+                f"reward: {name} gave {len(found)} scores for {len(responses)} responses, of which the first is "
+                f"{responses[0]!r:.200} to the prompt {prompts[0]!r:.200}"
+            )
+        scores = []
+        for prompt, response, x in zip(prompts, responses, found, strict=True):
+            try:
+                scores.append(float(x))
+            except (TypeError, ValueError):
+                _refuse(name, x, prompt, response)
+            if not math.isfinite(scores[-1]):
+                _refuse(name, x, prompt, response)
         return torch.tensor(scores)
 
     return score
+
+
+def _refuse(name: str, x: object, prompt: str, response: str) -> None:
+    raise ValueError(
+        f"reward: {name} gave {x} to the response {response!r:.200}, want a finite number; the prompt was "
+        f"{prompt!r:.200}"
+    )
+
+
+def _sample(
+    function: RewardFunction, prompts: Sequence[str], responses: Sequence[str], extras: Sequence[dict[str, Any]]
+) -> str:
+    """The first sample at which the function fails alone, if there is one."""
+    for i, (prompt, response, extra) in enumerate(zip(prompts, responses, extras, strict=True)):
+        try:
+            function([prompt], [response], [extra])
+        except Exception:
+            return f"; so it does on sample {i} alone: prompt {prompt!r:.200}, response {response!r:.200}"
+    return f"; on none of the {len(responses)} samples alone, of which the first response is {responses[0]!r:.200}"
 
 
 def responses_of(rollout: Rollout, tokenizer: Any) -> list[str]:

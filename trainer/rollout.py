@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from trainer.models import Policy
+from trainer.nucleus import nucleus
 from trainer.packing import Packed, Sample, pack
+from trainer.rollout_generate import generated
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,15 @@ class Rollout:
     def pack(self, device: torch.device | str) -> Packed:
         return pack(self.samples, device)
 
+    def logp_of(self, packed: Packed) -> Tensor:
+        """The sampler's log-probabilities in the rows of ``packed``, [N] float32; zero where there is no target."""
+        mine = torch.tensor([x for logps in self.sampler_logp for x in logps])
+        rows = torch.zeros(packed.mask.shape).masked_scatter_(packed.mask.cpu(), mine)
+        return rows.to(packed.mask.device)
+
     def sampler_delta(self, packed: Packed, logp: Tensor) -> float:
         """Largest difference between the sampler's log-probabilities and those of the training forward, [N]."""
-        mine = torch.tensor([x for logps in self.sampler_logp for x in logps])
-        return float((logp[packed.mask].cpu() - mine).abs().max())
+        return float((logp - self.logp_of(packed))[packed.mask].abs().max())
 
 
 @torch.no_grad()
@@ -42,9 +50,11 @@ def sample(
     max_new_tokens: int,
     generator: torch.Generator,
     temperature: float = 1.0,
+    top_p: float = 1.0,
+    sampler: Literal["cached", "generate"] = "cached",
     batch_size: int = 512,
 ) -> Rollout:
-    """Samples one response per prompt from the full distribution; there is no top-k or top-p to bias a ratio.
+    """Samples one response per prompt, by default from the full distribution, so that nothing biases a ratio.
 
     Args:
         policy: Its tokenizer names the end-of-sequence token.
@@ -52,6 +62,8 @@ def sample(
         max_new_tokens: A response that has not ended by then is truncated.
         generator: Source of randomness, on the policy's device.
         temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Samples from the fewest tokens that hold at least this mass; log-probabilities are then of that choice.
+        sampler: Our own, or transformers' ``generate``; they draw other random numbers from one distribution.
         batch_size: Prompts in flight together. Prompts of similar length share a batch.
     """
     if not prompts or min(map(len, prompts)) == 0:
@@ -61,7 +73,8 @@ def sample(
     logps: list[list[float]] = [[] for _ in prompts]
     for at in range(0, len(order), batch_size):
         chunk = order[at : at + batch_size]
-        tokens, chosen = _continue(policy, [prompts[i] for i in chunk], max_new_tokens, generator, temperature)
+        run = _continue if sampler == "cached" else generated
+        tokens, chosen = run(policy, [prompts[i] for i in chunk], max_new_tokens, generator, temperature, top_p)
         eos = policy.tokenizer.eos_token_id
         for i, row, logp in zip(chunk, tokens.tolist(), chosen.tolist(), strict=True):
             length = row.index(eos) + 1 if eos in row else len(row)
@@ -72,7 +85,12 @@ def sample(
 
 
 def _continue(
-    policy: Policy, prompts: list[list[int]], max_new_tokens: int, generator: torch.Generator, temperature: float
+    policy: Policy,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    generator: torch.Generator,
+    temperature: float,
+    top_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Responses [B, T] (end-of-sequence beyond their end) and log-probabilities [B, T]."""
     device, eos = policy.weight.device, policy.tokenizer.eos_token_id
@@ -93,6 +111,8 @@ def _continue(
             input_ids=ids, position_ids=position, attention_mask=mask, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
         scores = torch.log_softmax(policy.logits(hidden) / (temperature or 1.0), -1)
+        if top_p < 1:
+            scores = nucleus(scores, top_p)
         if temperature == 0:
             token = scores.argmax(-1, keepdim=True)
         else:

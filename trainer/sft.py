@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,15 @@ import torch
 
 import rlhf_kernels as rk
 from trainer import data
+from trainer.chat import render_for
+from trainer.cursor import Cursor
 from trainer.log import RunLog
 from trainer.models import Policy
 from trainer.packing import Packed, Sample, pack, split
-from trainer.stage import Optimizer, StageConfig, autocast, policy_for, prepare, shuffled
-from trainer.text import encode_pairs
+from trainer.session import Session
+from trainer.stage import Optimizer, StageConfig, autocast, policy_for
+from trainer.state import Progress
+from trainer.text import Note, encode_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,38 +61,56 @@ def held_out_loss(policy: Policy, samples: Sequence[Sample], max_tokens: int) ->
     return total / max(count, 1)
 
 
-def train(cfg: SFTConfig, log: RunLog | None = None) -> Policy:
-    """Trains a policy and saves it in ``cfg.out / "model"``."""
-    device = prepare(cfg)
-    own, log = log is None, log or RunLog(cfg.out, quiet=cfg.quiet)
-    records = data.read(cfg.data, "demonstrations", note=log.note)
-    policy = policy_for(cfg, [r["prompt"] + " " + r["response"] for r in records], device)
-    samples = samples_of(cfg, policy, records)
-    optimizer = Optimizer(cfg, policy, cfg.steps)
-    metrics: dict[str, float] = {}
-    with log.start("sft", cfg.steps) as bar:
-        for indices in islice(shuffled(len(samples), cfg.batch_size, cfg.seed), cfg.steps):
-            batches = micro_batches([samples[i] for i in indices], cfg.max_tokens, device)
+@dataclass
+class SFTState(Progress):
+    """Everything that a step changes."""
+
+    policy: Policy
+    optimizer: Optimizer
+    cursor: Cursor
+
+
+def train(cfg: SFTConfig, log: RunLog | None = None, *, resume: bool = False) -> Policy:
+    """Trains a policy and saves it in ``cfg.out / "model"``.
+
+    Args:
+        cfg: The configuration.
+        log: Where to log; None makes a log in ``cfg.out``.
+        resume: Go on from the last checkpoint in ``cfg.out``, if there is one.
+    """
+    with Session(cfg, log, "sft", resume=resume) as session:
+        log, device = session.log, session.device
+        records = data.read(cfg.data, "demonstrations", render=render_for(cfg.model), note=log.note)
+        policy = policy_for(cfg, [r["prompt"] + " " + r["response"] for r in records], device)
+        samples = samples_of(cfg, policy, records, log.note)
+        state = SFTState(
+            policy, Optimizer(cfg, policy, cfg.steps, name="policy"), Cursor(len(samples), cfg.batch_size, cfg.seed)
+        )
+        for _ in session.steps(state, cfg.steps):
+            batches = micro_batches([samples[i] for i in state.cursor.next()], cfg.max_tokens, device)
             tokens = [int(b.mask.sum()) for b in batches]
 
             def step_loss(batch: Packed, num_tokens: int = sum(tokens)) -> rk.LossOutput:
                 with autocast(cfg, device):
                     return loss(cfg, policy, batch, num_tokens)
 
-            metrics = optimizer.step(batches, step_loss, tokens)
-            bar.step(metrics)
-    result = {"demonstrations": float(len(samples)), "last_loss": metrics["loss"]}
-    if cfg.eval_data is not None:
-        held_out = samples_of(cfg, policy, data.read(cfg.eval_data, "demonstrations", note=log.note))
-        result["held_out_loss"] = held_out_loss(policy, held_out, cfg.max_tokens)
-    log.table("Supervised fine-tuning", [(k.replace("_", " "), f"{v:.5g}") for k, v in result.items()])
-    policy.save(cfg.out / "model")
-    if own:
-        log.summary({"sft": result})
+            session.done(state.optimizer.step(batches, step_loss, tokens))
+        result = {"demonstrations": float(len(samples)), "last_loss": state.last["loss"]}
+        if cfg.eval_data is not None:
+            held_out = samples_of(
+                cfg, policy, data.read(cfg.eval_data, "demonstrations", render=render_for(cfg.model), note=log.note)
+            )
+            result["held_out_loss"] = held_out_loss(policy, held_out, cfg.max_tokens)
+        log.table("Supervised fine-tuning", [(k.replace("_", " "), f"{v:.5g}") for k, v in result.items()])
+        session.save(policy)
+        if session.own:
+            log.summary({"sft": result})
     return policy
 
 
-def samples_of(cfg: SFTConfig, policy: Policy, records: Sequence[dict[str, Any]]) -> list[Sample]:
+def samples_of(
+    cfg: SFTConfig, policy: Policy, records: Sequence[dict[str, Any]], note: Note | None = None
+) -> list[Sample]:
     """Demonstrations as token sequences."""
     prompts, responses = [r["prompt"] for r in records], [r["response"] for r in records]
-    return encode_pairs(policy.tokenizer, prompts, responses, cfg.max_length)
+    return encode_pairs(policy.tokenizer, prompts, responses, cfg.max_length, note=note)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import rlhf_kernels as rk
+from trainer.guard import NotFinite, save_batch
 from trainer.models import Policy, ScalarModel, load_policy, load_scalar, scalar_from
+from trainer.signals import signals
 from trainer.tiny import byte_tokenizer, tiny_policy
 
 T = TypeVar("T")
@@ -56,22 +58,49 @@ class StageConfig:
     """Where to train; auto is the GPU if there is one."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products; weights and optimizer stay in float32."""
+    save_every: int | None = None
+    """Steps between checkpoints; None saves every ten minutes. A run that is told to stop saves in any case."""
+    keep_last: int = 2
+    """Checkpoints that stay, each as large as the models with their optimizers; none stays once the run is finished."""
     quiet: bool = False
     """Show no progress."""
 
 
 class Optimizer:
-    """AdamW for one model, with its schedule, clipping and a guard against gradients that are not finite."""
+    """AdamW for one model, with its schedule, clipping and a guard against losses and gradients that are not finite."""
 
-    def __init__(self, cfg: StageConfig, model: nn.Module, total_steps: int, lr: float | None = None) -> None:
-        self.cfg, self.total_steps, self.peak = cfg, total_steps, cfg.lr if lr is None else lr
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+    def __init__(
+        self, cfg: StageConfig, model: nn.Module, total_steps: int, lr: float | None = None, name: str = "model"
+    ) -> None:
+        self.cfg, self.total_steps, self.name = cfg, total_steps, name
+        self.peak = cfg.lr if lr is None else lr
+        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named.values())
         groups = [
             {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.adam = torch.optim.AdamW(groups, lr=self.peak, betas=(0.9, 0.95), eps=cfg.adam_eps, fused=True)
         self.taken = self.skipped = self.skipped_in_a_row = 0
+
+    def counters(self) -> dict[str, int]:
+        """Steps so far: all of them, those that were skipped, and those skipped just now."""
+        return {"taken": self.taken, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What Adam knows about each parameter, by reference."""
+        known = {name: self.adam.state[p] for name, p in self.named.items() if p in self.adam.state}
+        return {f"{name}:{key}": x for name, state in known.items() for key, x in state.items()}
+
+    def restore(self, counters: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+        """Takes over from ``counters`` and ``tensors``, which are copied."""
+        self.taken, self.skipped = counters["taken"], counters["skipped"]
+        self.skipped_in_a_row = counters["skipped_in_a_row"]
+        self.adam.state.clear()
+        for key, x in tensors.items():
+            name, _, kind = key.rpartition(":")
+            # A copy has the alignment of torch's own memory; what lies in a mapped file may have any.
+            self.adam.state[self.named[name]][kind] = x.to(self.named[name].device, copy=True)
 
     @property
     def lr(self) -> float:
@@ -93,41 +122,58 @@ class Optimizer:
             weights: What each micro-batch counts in the averages of the other metrics: its tokens, groups or pairs.
 
         Returns:
-            ``loss``, the metrics, ``grad_norm``, ``lr`` and ``skipped`` (steps so far whose gradient was not finite).
+            ``loss``, the metrics, ``grad_norm``, ``lr`` and ``skipped`` (steps so far whose loss or gradient was not
+            finite; they change nothing but the schedule).
 
         Raises:
-            FloatingPointError: After three such steps in a row.
+            NotFinite: After three such steps in a row; the batch is saved in the run folder.
         """
         sums: dict[str, float] = {}
-        total = 0.0
-        for batch, weight in zip(batches, weights, strict=True):
-            out = loss(batch)
-            out.loss.backward()
-            total += float(out.loss.detach())
-            for name, x in out.metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(x) * weight
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm)
+        losses: list[float] = []
+        with signals.interruptible():
+            for batch, weight in zip(batches, weights, strict=True):
+                out = loss(batch)
+                out.loss.backward()
+                losses.append(float(out.loss.detach()))
+                for name, x in out.metrics.items():
+                    sums[name] = sums.get(name, 0.0) + float(x) * weight
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm)
+            finite = bool(torch.isfinite(norm)) and math.isfinite(sum(losses))
         lr = self.lr
         for group in self.adam.param_groups:
             group["lr"] = lr
-        finite = bool(torch.isfinite(norm))
         if finite:
             self.adam.step()
-        self.adam.zero_grad()
         self.taken += 1
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPS:
-            raise FloatingPointError(f"the gradient was not finite in {MAX_SKIPS} steps in a row; try a lower lr")
+            self._give_up(batches, losses, float(norm))
+        self.adam.zero_grad()
         averages = {name: x / max(sum(weights), 1e-9) for name, x in sums.items()}
-        return averages | {"loss": total, "grad_norm": float(norm), "lr": lr, "skipped": float(self.skipped)}
+        return averages | {"loss": sum(losses), "grad_norm": float(norm), "lr": lr, "skipped": float(self.skipped)}
+
+    def _give_up(self, batches: Sequence[Any], losses: list[float], norm: float) -> NoReturn:
+        bad = [n for n, p in self.named.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+        self.adam.zero_grad()
+        about = {"model": self.name, "step": self.taken, "losses": losses, "grad_norm": norm, "parameters": bad}
+        try:
+            where = f"is in {save_batch(self.cfg.out / 'not_finite', batches, about)}"
+        except OSError as error:
+            where = f"could not be saved ({error})"
+        raise NotFinite(
+            f"the loss or the gradient of the {self.name} was not finite in {MAX_SKIPS} steps in a row, which were "
+            f"skipped. The last batch {where}. Try a lower lr, or look for odd data in the batch."
+        )
 
 
 def prepare(cfg: StageConfig) -> torch.device:
     """Checks the configuration, seeds every generator and picks the device."""
-    for name in ("steps", "batch_size", "max_tokens", "max_length"):
+    for name in ("steps", "batch_size", "max_tokens", "max_length", "keep_last"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name}: got {getattr(cfg, name)}, want at least 1")
+    if cfg.save_every is not None and cfg.save_every < 1:
+        raise ValueError(f"save_every: got {cfg.save_every}, want at least 1, or None")
     if not cfg.lr > 0:
         raise ValueError(f"lr: got {cfg.lr}, want a positive number")
     random.seed(cfg.seed)
@@ -158,14 +204,3 @@ def scalar_for(cfg: StageConfig, path: str, texts: Sequence[str], device: torch.
 def autocast(cfg: StageConfig, device: torch.device) -> torch.autocast:
     """The precision of the configuration, as a context."""
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
-
-
-def shuffled(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Batches of indices without end: a new permutation for every pass, each record once per pass."""
-    source = random.Random(seed)
-    pool: list[int] = []
-    while True:
-        while len(pool) < batch_size:
-            pool += source.sample(range(count), count)
-        yield pool[:batch_size]
-        pool = pool[batch_size:]

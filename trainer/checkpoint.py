@@ -1,0 +1,263 @@
+"""Checkpoints that a crash cannot spoil: safetensors and JSON, written aside, synced, checksummed, renamed.
+
+A save goes ``step-0000120.saving/`` (every file synced, a manifest of sha256 sums last), then the folder's new name,
+then the pointer ``latest.json``. Whatever moment a machine dies at, the pointer names a folder that is whole. No pickle
+is written, and nothing but safetensors and JSON is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.log import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+POINTER, MANIFEST, STATE = "latest.json", "manifest.json", "state.json"
+ASIDE, GONE, FORMAT = ".saving", ".removed", 1
+SUFFIXES = (".json", ".safetensors")
+DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}  # fmt: skip
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not what was written."""
+
+
+class Checkpoint:
+    """One checkpoint, its checksums verified.
+
+    Args:
+        path: Its folder.
+
+    Raises:
+        Damaged: Says what is wrong with it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        _verify(path)
+        self.state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of ``name.safetensors``, on the host; empty if there were none to save."""
+        from safetensors.torch import load_file
+
+        file = self.path / f"{name}.safetensors"
+        return load_file(file) if file.exists() else {}
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        run: The run folder; checkpoints lie in ``checkpoints/`` in it.
+        keep_last: How many stay.
+    """
+
+    def __init__(self, run: Path | str, keep_last: int = 2) -> None:
+        self.folder, self.keep_last = Path(run) / CHECKPOINTS, keep_last
+
+    def names(self) -> list[str]:
+        """Complete folders, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(p.name for p in self.folder.iterdir() if p.is_dir() and p.suffix not in (ASIDE, GONE))
+
+    def latest(self, note: Callable[[str], None]) -> Checkpoint | None:
+        """The newest good one: that of the pointer, or else the newest whose checksums hold.
+
+        Args:
+            note: Receives one line for every checkpoint that is passed over.
+
+        Raises:
+            ValueError: There are checkpoints, and all of them are damaged.
+        """
+        names = self.names()[::-1]
+        pointed = self._pointed()
+        if pointed is not None:
+            names = [pointed, *(n for n in names if n != pointed)]
+        for name in names:
+            try:
+                return Checkpoint(self.folder / name)
+            except Damaged as reason:
+                note(f"checkpoint {name} is passed over: {reason}")
+        if names:
+            raise ValueError(f"{self.folder}: none of its checkpoints is usable; start again with --overwrite")
+        return None
+
+    def save(self, name: str, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Writes one checkpoint; older ones go only after it is safe on the disk.
+
+        Args:
+            name: Of its folder. Names sort by age.
+            state: What JSON can hold.
+            tensors: Files, without their suffix, and what they hold.
+
+        Raises:
+            OSError: The disk is full, or worse. What was there before is still there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside, place = self.folder / (name + ASIDE), self.folder / name
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            aside.mkdir()
+            files = {STATE: write_json(aside / STATE, state)}
+            for file, contents in tensors.items():
+                if contents:
+                    files[f"{file}.safetensors"] = write_safetensors(aside / f"{file}.safetensors", contents)
+            write_json(aside / MANIFEST, {"format": FORMAT, "files": files})
+            _sync_folder(aside)
+            _remove(place)  # left by a crash before the pointer moved, or damaged
+            aside.rename(place)
+            _sync_folder(self.folder)
+            self._point(name)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        self._forget(name)
+
+    def clear(self) -> None:
+        """Removes them all."""
+        _remove(self.folder)
+
+    def _pointed(self) -> str | None:
+        try:
+            name = json.loads((self.folder / POINTER).read_text(encoding="utf-8"))["checkpoint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return name if isinstance(name, str) and name in self.names() else None
+
+    def _point(self, name: str) -> None:
+        draft = self.folder / (POINTER + ASIDE)
+        write_json(draft, {"checkpoint": name})
+        draft.replace(self.folder / POINTER)
+        _sync_folder(self.folder)
+
+    def _forget(self, newest: str) -> None:
+        """Keeps ``newest`` and its predecessors; whatever lies beyond it is a future that did not come."""
+        kept = {n for n in self.names() if n <= newest}
+        kept = set(sorted(kept)[-self.keep_last :]) | {POINTER}
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                _remove(path)
+
+
+def write_json(path: Path, value: Any) -> dict[str, Any]:
+    """Writes JSON; the file is synced.
+
+    Returns:
+        ``bytes`` and ``sha256`` of the file.
+    """
+    return _write(path, [(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()])
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Writes tensors one after the other, so that no second copy of them is ever in memory.
+
+    Args:
+        path: The file. It is synced.
+        tensors: Of any device and dtype that safetensors knows.
+
+    Returns:
+        ``bytes`` and ``sha256`` of the file.
+    """
+    import torch
+
+    # Wide elements first: every tensor is then aligned to its own width.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header: dict[str, Any] = {}
+    at = 0
+    for name, x in ordered:
+        size = x.numel() * x.element_size()
+        header[name] = {"dtype": DTYPES[str(x.dtype)], "shape": list(x.shape), "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+
+    def chunks() -> Iterable[Any]:
+        yield len(head).to_bytes(8, "little") + head
+        for _, x in ordered:
+            yield x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    return _write(path, chunks())
+
+
+def _write(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
+    """Every byte of a checkpoint goes through here: written, summed, synced."""
+    total, digest = 0, hashlib.sha256()
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            total += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": total, "sha256": digest.hexdigest()}
+
+
+def _remove(path: Path) -> None:
+    """Takes the name away first, so that whoever is killed meanwhile leaves nothing that looks like a checkpoint."""
+    if path.is_file():
+        path.unlink()
+        return
+    gone = path if path.suffix == GONE else path.with_name(path.name + GONE)
+    if path.exists() and path != gone:
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes names in a folder durable, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _verify(path: Path) -> None:
+    try:
+        for name, (size, digest) in _listed(path).items():
+            file = path / name
+            if file.suffix not in SUFFIXES or file.parent != path:
+                raise Damaged(f"{name} is neither safetensors nor JSON, and nothing else is read")
+            if not file.is_file():
+                raise Damaged(f"{name} is missing")
+            if file.stat().st_size != size:
+                raise Damaged(f"{name} has {file.stat().st_size} bytes of {size}")
+            with file.open("rb") as handle:
+                if hashlib.file_digest(handle, "sha256").hexdigest() != digest:
+                    raise Damaged(f"{name} is not what was written (sha256)")
+    except OSError as error:
+        raise Damaged(f"it cannot be read ({error})") from None
+
+
+def _listed(path: Path) -> dict[str, tuple[int, str]]:
+    """Files of a checkpoint by its manifest: bytes and sha256."""
+    if not (path / MANIFEST).is_file():
+        raise Damaged(f"it has no {MANIFEST}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        number = manifest["format"]
+        files = {str(name): (int(x["bytes"]), str(x["sha256"])) for name, x in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged(f"its {MANIFEST} is not what was written") from None
+    if number != FORMAT:
+        raise Damaged(f"its format is {number}, and this version reads {FORMAT}")
+    if STATE not in files:
+        raise Damaged(f"its {MANIFEST} names no {STATE}")
+    return files

@@ -1,0 +1,64 @@
+"""What a run depends on, and how two runs differ: options, data files, models to start from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.config_file import model_folder, plain
+from trainer.data_file import sha256
+
+FREE = frozenset({"out", "quiet", "save_every", "keep_last"})
+"""Options that a resumed run may change."""
+
+
+def inputs(config: Any) -> dict[str, str]:
+    """A sha256 for every option that names a data file or the folder of a model.
+
+    Args:
+        config: A flat dataclass.
+
+    Returns:
+        Option to digest. Names of models that are not folders here (``tiny``, a hub id) are left out.
+
+    Raises:
+        FileNotFoundError: A data file does not exist.
+    """
+    found: dict[str, str] = {}
+    for name, value in plain(config).items():
+        if not isinstance(value, str) or name == "out":
+            continue
+        if name == "data" or name.endswith("_data"):
+            found[name] = sha256(value)
+        elif (folder := model_folder(value)) is not None:
+            found[name] = _folder_sha256(folder)
+    return found
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], hashed: Mapping[str, Any]) -> list[str]:
+    """One line per option that is not as it was.
+
+    Args:
+        then: Options of the earlier run.
+        now: Options of this one.
+        hashed: Names of options whose files are compared instead; their paths may change.
+
+    Example:
+        >>> differences({"lr": 0.1, "data": "a"}, {"lr": 0.2, "data": "b"}, {"data": "c0ffee"})
+        ['lr: 0.1 at the checkpoint, 0.2 now']
+    """
+    nothing = "nothing"
+    names = [n for n in dict.fromkeys([*then, *now]) if n not in FREE and n not in hashed]
+    pairs = [(n, then.get(n, nothing), now.get(n, nothing)) for n in names]
+    return [f"{n}: {a} at the checkpoint, {b} now" for n, a, b in pairs if a != b]
+
+
+def _folder_sha256(folder: Path) -> str:
+    """Of the weights, the configuration and the tokenizer in it."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"}:
+            digest.update(f"{file.name} {sha256(file)}\n".encode())
+    return digest.hexdigest()

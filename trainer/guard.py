@@ -1,0 +1,60 @@
+"""What is left behind when losses or gradients stop being finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainer.checkpoint import write_json, write_safetensors
+
+
+class NotFinite(FloatingPointError):
+    """Several steps in a row had to be skipped."""
+
+
+def save_batch(folder: Path, batches: Sequence[Any], about: Mapping[str, Any]) -> Path:
+    """Saves the micro-batches of a step for inspection.
+
+    Args:
+        folder: Gets ``about.json`` and ``batch.safetensors``; what an earlier run left there is removed.
+        batches: Dataclasses of tensors, nested as they like; other fields go to ``about.json``.
+        about: What else is known; numbers that are not finite become text.
+
+    Returns:
+        The folder.
+    """
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for i, batch in enumerate(batches):
+        _flatten(f"{i}", batch, tensors, rest)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_safetensors(folder / "batch.safetensors", tensors)
+    write_json(folder / "about.json", _jsonable({**about, "micro_batches": len(batches), "fields": rest}))
+    return folder
+
+
+def _flatten(name: str, value: Any, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    if isinstance(value, Tensor):
+        tensors[name] = value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _flatten(f"{name}.{field.name}", getattr(value, field.name), tensors, rest)
+    elif value is not None:
+        rest[name] = value
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

@@ -1,0 +1,103 @@
+"""KTO: learning from single replies that are labelled desirable or not.
+
+Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, equation 8.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import rlhf_kernels as rk
+from trainer import preference
+from trainer.log import RunLog
+from trainer.models import Policy
+from trainer.packing import Sample
+from trainer.preference import ReferenceConfig
+from trainer.replies import Part, Replies, Totals, Unit
+from trainer.text import encode_pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOConfig(ReferenceConfig):
+    """KTO on {"prompt", "response", "label"} records, or on pairs, whose two replies count one by one."""
+
+    batch_size: int = 64
+    """Replies per step; the KL is estimated over them, so a handful is too few."""
+    desirable_weight: float = 1.0
+    """Of desirable replies; raise it where they are the fewer."""
+    undesirable_weight: float = 1.0
+    """Of the others; the published advice is 1 to 4/3 for weight times number, desirable to undesirable."""
+
+
+def train(cfg: KTOConfig, log: RunLog | None = None, *, resume: bool = False) -> Policy:
+    """Trains a policy; see ``preference.train``."""
+    return preference.train(cfg, KTO(cfg), log, resume=resume)
+
+
+class KTO(preference.Method):
+    """The loss, and the point from which gains and losses are counted.
+
+    That point is the KL from policy to reference, estimated over the whole step from replies to *other* prompts: each
+    sample i has a mismatched one, i + n, of its own prompt and the reply of another.
+    """
+
+    name, kind = "kto", "labelled"
+
+    def __init__(self, cfg: KTOConfig) -> None:
+        if cfg.batch_size < 2:
+            raise ValueError(f"batch_size: got {cfg.batch_size}, want at least 2, over which the KL is estimated")
+        self.cfg, self.kl = cfg, 0.0
+
+    def encode(self, tokenizer: Any, records: Sequence[dict[str, Any]]) -> Replies:
+        """Replies one by one, and as many mismatched ones behind them.
+
+        Raises:
+            ValueError: There is only one reply, so that none can be mismatched.
+        """
+        prompts = [r["prompt"] for r in records for _ in r["responses"]]
+        replies = [x for r in records for x in r["responses"]]
+        good = [x for r in records for x in r["labels"]]
+        if len(prompts) < 2:
+            raise ValueError("data: want at least two labelled replies, to mismatch prompts and replies")
+        samples = encode_pairs(tokenizer, prompts, replies, self.cfg.max_length)
+        other = _derangement(len(samples), self.cfg.seed)
+        mismatched = [_exchanged(s, samples[k], self.cfg.max_length) for s, k in zip(samples, other, strict=True)]
+        return Replies(samples + mismatched, good * 2, [(i,) for i in range(len(samples))])
+
+    def before(
+        self, policy: Policy, replies: Replies, units: Sequence[Unit], parts: Callable[[Sequence[Unit]], list[Part]]
+    ) -> None:
+        """Estimates the KL over all of the step's mismatched replies."""
+        total, count = 0.0, len(replies.units)
+        for part in parts([(i + count,) for (i,) in units]):
+            assert part.ref_logp is not None
+            total += float((policy.stats(part.packed).logp - part.ref_logp).sum())
+        self.kl = max(total / len(units), 0.0)
+
+    def loss(self, policy: Policy, part: Part, totals: Totals) -> rk.LossOutput:
+        """Of gains for desirable and losses for undesirable replies, as people weigh them."""
+        cfg, packed = self.cfg, part.packed
+        assert part.ref_logp is not None
+        return rk.kto_loss(
+            policy.hidden(packed), policy.weight, packed.targets, packed.cu_seqlens, part.ref_logp, part.good, self.kl,
+            beta=cfg.beta, desirable_weight=cfg.desirable_weight, undesirable_weight=cfg.undesirable_weight,
+            num_sequences=totals.units, **policy.head,
+        )  # fmt: skip
+
+
+def _derangement(count: int, seed: int) -> list[int]:
+    """For each index another one: its successor in a random cycle."""
+    cycle = random.Random(seed).sample(range(count), count)
+    other = [0] * count
+    for here, there in zip(cycle, cycle[1:] + cycle[:1], strict=True):
+        other[here] = there
+    return other
+
+
+def _exchanged(mine: Sample, theirs: Sample, max_length: int) -> Sample:
+    """The prompt of one sample with the reply of another."""
+    tokens = mine.tokens[: mine.prompt_length] + theirs.tokens[theirs.prompt_length :]
+    return Sample(tokens[:max_length], mine.prompt_length)
