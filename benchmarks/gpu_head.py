@@ -5,7 +5,7 @@
 
 Each row: median, least and most milliseconds of interleaved repeats by CUDA events, TFLOP/s, the share of the floor,
 peak extra memory, and the largest error of logp and entropy against float64 on a sample of rows. Logits are peaked
-(mean entropy 0.5 nats), nothing is masked.
+(mean entropy about 0.6 nats), nothing is masked.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Step = Callable[[], Any]
 
 
 def draw(shape: tuple[int, int, int], device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """bfloat16 hidden states, weight and targets: standard deviation 2.5, one token that stands out by 4 to 14."""
+    """bfloat16 hidden states, weight and targets: standard deviation 2.5, one token that stands out by 15 to 35."""
     n, h, v = shape
     rng = torch.Generator(device).manual_seed(seed)
     weight = torch.randn(v, h, generator=rng, device=device).mul_(h**-0.5)
     tops = torch.randint(v, (n,), generator=rng, device=device)
-    lift = 4 + 10 * torch.rand(n, 1, generator=rng, device=device)
+    lift = 15 + 20 * torch.rand(n, 1, generator=rng, device=device)
     hidden = 2.5 * torch.randn(n, h, generator=rng, device=device) + lift * weight[tops]
     targets = torch.where(torch.rand(n, generator=rng, device=device) < 0.9, tops, tops.flip(0))
     return hidden.bfloat16(), weight.bfloat16(), targets

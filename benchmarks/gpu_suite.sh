@@ -4,7 +4,7 @@
 #   bash benchmarks/gpu_suite.sh OUT                  all parts that OUT does not hold yet
 #   bash benchmarks/gpu_suite.sh OUT probe head       these parts only
 #
-# Parts: build probe tests kernels head gae sanitizer. Needs torch 2.11 or newer, triton, pytest and, for build, a C++
+# Parts: build probe tests kernels head gae memcheck racecheck. Needs torch 2.11 or newer, triton, pytest and, for build, a C++
 # compiler, pybind11 and ninja; nvcc makes the CUDA kernels. Nothing is downloaded. A part that fails is said so at the
 # end, in the exit status and in OUT/<part>.log; the others run all the same. Commit OUT/gpu-*.json to
 # benchmarks/results: they hold the device, the versions and a hash of the kernel sources.
@@ -15,30 +15,41 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(build probe tests kernels head gae sanitizer)
+[ ${#parts[@]} -gt 0 ] || parts=(build probe tests kernels head gae memcheck racecheck)
 python=${PYTHON:-python3}
 device=${RLHF_KERNELS_SUITE_DEVICE:-cuda} # cpu: a dry run at tiny sizes
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export PATH=$PATH:/usr/local/cuda/bin
 # the tests that the CPU backends pass too, and the files that only a GPU can run
 judged=(tests/test_token_stats.py tests/test_numerics.py tests/test_every_loss.py tests/test_fused_loss.py)
 
 part_build() { RLHF_KERNELS_EXT=1 "$python" setup.py -q build_ext --inplace && "$python" -c 'import rlhf_kernels as rk; print(rk.backends())'; }
 part_probe() { "$python" benchmarks/gpu_probe.py --out "$out/gpu-probe.json" $([ "$device" = cpu ] && echo --device cpu); }
-part_tests() { "$python" -m pytest -q -x tests/gpu/device; }
+# the tests turn torch's deterministic mode on, which wants the variable; all failures of a run are worth their time
+part_tests() {
+  export CUBLAS_WORKSPACE_CONFIG=:4096:8
+  if [ "$device" = cpu ]; then TRITON_INTERPRET=1 "$python" -m pytest -q -x tests/gpu/interpret/test_suite.py
+  else "$python" -m pytest -q -W "ignore:Synchronization debug mode" tests/gpu/device; fi
+}
 part_kernels() {
+  local many=()
+  export CUBLAS_WORKSPACE_CONFIG=:4096:8
+  # hundreds of kernels to compile: on several cores, where pytest-xdist is installed
+  "$python" -c "import xdist" 2>/dev/null && many=(-n 8)
   if [ "$device" = cpu ]; then TRITON_INTERPRET=1 "$python" -m pytest -q -x "${judged[1]}" -k equal_logits
-  else RLHF_KERNELS_TEST_GPU=1 "$python" -m pytest -q "${judged[@]}"; fi
+  else RLHF_KERNELS_TEST_GPU=1 "$python" -m pytest -q "${many[@]}" "${judged[@]}"; fi
 }
 part_head() { "$python" benchmarks/gpu_head.py --device "$device" --out "$out/gpu-head.json"; }
 part_gae() { "$python" benchmarks/gpu_gae.py --device "$device" --out "$out/gpu-gae.json"; }
-part_sanitizer() {
-  local tool
+sanitized() {
   [ "$device" = cpu ] && { echo "the sanitizer needs a GPU"; return 0; }
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; return 1; }
-  for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/gpu_small.py || return 1
-  done
+  # compiles without the tool in its way; then memory straight from the driver, where torch's pools would hide overruns
+  "$python" benchmarks/gpu_small.py \
+    && PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 "$python" benchmarks/gpu_small.py
 }
+part_memcheck() { sanitized memcheck; }
+part_racecheck() { sanitized racecheck; }
 
 failed=()
 for part in "${parts[@]}"; do
@@ -48,7 +59,7 @@ for part in "${parts[@]}"; do
   fi
   echo "== $part"
   began=$SECONDS
-  if timeout 590 bash -c "$(declare -p out python device judged); $(declare -f "part_$part"); part_$part" >"$out/$part.log" 2>&1; then
+  if timeout 590 bash -c "$(declare -p out python device judged); $(declare -f sanitized "part_$part"); part_$part" >"$out/$part.log" 2>&1; then
     touch "$out/$part.done"
     tail -n 30 "$out/$part.log"
     echo "== $part: $((SECONDS - began)) s"

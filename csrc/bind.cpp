@@ -6,6 +6,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/head.h"
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 
 namespace py = pybind11;
 using namespace rlhf;
@@ -126,6 +127,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &isa);
   m.def("isas", &isas);
   m.def("set_isa", &set_isa);
+  m.def("offer_pages", [](Address data, int64_t bytes) { return offer_pages(at(data), bytes); });
   define_nouns(m);
   define_rows(m);
   define_head(m);

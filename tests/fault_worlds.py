@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from trainer.stage import StageConfig
 from trainer.state import Mark
 
 Run = Callable[..., Any]
+RL = ("ppo", "shared", "grpo")
 STAGES: dict[str, tuple[type[StageConfig], Run, dict[str, Any]]] = {
     "sft": (sft.SFTConfig, sft.train, {"data": "sft.jsonl", "eval_data": "sft.jsonl", "steps": 4}),
     "reward": (reward.RewardConfig, reward.train, {"data": "ranked.jsonl", "calibration_new_tokens": 4, "steps": 4}),
@@ -29,6 +31,7 @@ STAGES: dict[str, tuple[type[StageConfig], Run, dict[str, Any]]] = {
         {"data": "prompts.jsonl", "steps": 2, "kl_target_per_seq": 0.01, "kl_horizon": 100.0, "ptx_coef": 0.1,
          "ptx_data": "sft.jsonl", "ptx_batch_size": 3, "truncation": "bootstrap", "eval_every": 1},
     ),
+    "shared": (ppo.PPOConfig, ppo.train, {"data": "prompts.jsonl", "steps": 1, "value_model": "shared"}),
     "grpo": (grpo.GRPOConfig, grpo.train, {"data": "prompts.jsonl", "steps": 2, "num_generations": 3}),
     "dpo": (pairs.DPOConfig, pairs.dpo, {"data": "ranked.jsonl", "eval_data": "ranked.jsonl", "steps": 3}),
     "kto": (kto.KTOConfig, kto.train, {"data": "labelled.jsonl", "steps": 3}),
@@ -36,8 +39,10 @@ STAGES: dict[str, tuple[type[StageConfig], Run, dict[str, Any]]] = {
 
 
 def early_letters(prompts: Sequence[str], responses: Sequence[str], extras: Sequence[dict[str, Any]]) -> list[float]:
-    """A reward with something to say about every response: how early in the alphabet its letters are."""
-    return [1 - sum(LETTERS.index(x) for x in r.split()) / (20 * max(len(r.split()), 1)) for r in responses]
+    """A reward with something to say about every response, and with a mood: it asks every generator of the process."""
+    moods = [random.random() + float(np.random.rand()) + float(torch.rand(())) for _ in responses]
+    early = [1 - sum(LETTERS.index(x) for x in r.split()) / (20 * max(len(r.split()), 1)) for r in responses]
+    return [x + 0.1 * mood for x, mood in zip(early, moods, strict=True)]
 
 
 def world(path: Path) -> Path:
@@ -58,7 +63,7 @@ def config(stage: str, path: Path, out: Path, **changes: Any) -> StageConfig:
     kind, _, options = STAGES[stage]
     options = {k: path / v if k == "data" or k.endswith("_data") else v for k, v in options.items()}
     options |= {"model": str(path / "base"), "out": out, "batch_size": 4, "max_tokens": 40, "warmup_steps": 2}
-    if stage in ("ppo", "grpo"):
+    if stage in RL:
         options |= {"reward": "tests.fault_worlds:early_letters", "max_new_tokens": 5, "quiet": True}
     return kind(**(options | {"quiet": True} | changes))
 
@@ -143,3 +148,22 @@ def stopped_at(cfg: StageConfig, stopper: Stopper, point: int) -> Checkpoints:
         train(cfg)
     stopper.at = None
     return Checkpoints(cfg.out)
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda folder: os.truncate(folder / "policy.safetensors", 1000),
+    "empty": lambda folder: (folder / "optimizer.safetensors").write_bytes(b""),
+    "flipped": lambda folder: flip(folder / "policy.safetensors"),
+    "flipped state": lambda folder: flip(folder / "state.json"),
+    "missing": lambda folder: (folder / "small.safetensors").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 40),
+    "zeros": lambda folder: (folder / "manifest.json").write_bytes(bytes(500)),
+}

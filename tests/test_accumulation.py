@@ -12,6 +12,13 @@ from rlhf_kernels import reference
 BUDGET = pytest.mark.parametrize("tight", [False, True], ids=["stash", "recompute"])
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody wrote to is not zero."""
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
+
+
 def token_nll(stats, cu_seqlens):
     return -stats.logp.sum(), {}
 
@@ -124,3 +131,42 @@ def test_all_gradients_zero(backend):
     ).loss.backward()
     assert not x["hidden"].grad.any()
     assert not x["weight"].grad.any()
+
+
+@BUDGET
+def test_own_gradient_is_the_sum_rounded_once(backend, tight, dtype, poisoned):
+    """To the bit what a float32 buffer would have collected, though the first rows, a whole piece, have none."""
+    p = make_problem(dtype, seed=36)
+    budget = small_budget(p) if tight else None
+    weights = p.normal(p.targets.numel())
+    weights[:20] = 0
+
+    def nll(stats, cu_seqlens, weights):
+        return (weights * stats.logp).sum(), {}
+
+    def fused(x, buffer):
+        options = {"weight_grad": buffer, "max_bytes": budget, "backend": backend}
+        rk.fused_loss(x["hidden"], x["weight"], p.targets, nll, per_token=(weights,), **options).loss.backward()
+
+    def stats(x, buffer):
+        options = {"weight_grad": buffer, "max_bytes": budget, "backend": backend}
+        (weights * rk.token_stats(x["hidden"], x["weight"], p.targets, **options).logp).sum().backward()
+
+    for way in (fused, stats):
+        own, into, buffer = leaves(p), leaves(p), torch.zeros(p.weight.shape)
+        way(own, None)
+        way(into, buffer)
+        assert buffer.any()
+        assert torch.equal(own["weight"].grad, buffer.to(dtype))
+        assert torch.equal(own["hidden"].grad, into["hidden"].grad)
+
+
+def test_nothing_to_write_is_zero(backend, dtype, poisoned):
+    p = make_problem(dtype)
+    targets, bias = p.targets.fill_(-100), torch.zeros(p.weight.shape[0], dtype=dtype, requires_grad=True)
+    for advantages, ids in ((0.0, targets.clamp(min=1)), (1.0, targets)):
+        x = leaves(p)
+        factor = torch.full(ids.shape, advantages)
+        (factor * rk.token_stats(x["hidden"], x["weight"], ids, bias=bias, backend=backend).logp).sum().backward()
+        rk.ppo_loss(x["hidden"], x["weight"], ids, None, factor, bias=bias, backend=backend).loss.backward()
+        assert not any(g.any() for g in (x["hidden"].grad, x["weight"].grad, bias.grad))

@@ -9,7 +9,6 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from tests.fault_worlds import (
+    DAMAGES,
     STAGES,
     Stopper,
     config,
     finished,
+    flip,
     one_step_at_a_time,
     same_mark,
     stopped_at,
@@ -32,6 +33,7 @@ from tests.fault_worlds import (
 from tests.trainer_worlds import lines, small_policy
 from trainer import cli, log, sft
 from trainer.checkpoint import Checkpoints, write_safetensors
+from trainer.fingerprint import inputs
 from trainer.signals import Terminated
 
 
@@ -45,7 +47,8 @@ def stopper(monkeypatch: pytest.MonkeyPatch) -> Stopper:
     return Stopper(monkeypatch)
 
 
-UNITS = {"sft": 4, "reward": 4, "ppo": 2 * (1 + 2 * 2 * 2 + 1), "grpo": 2 * (1 + 2 * 2 + 1), "dpo": 3, "kto": 3}
+ROLLOUT = {"ppo": 1 + 2 * 2 * 2 + 1, "shared": 1 + 2 * 2 + 1, "grpo": 1 + 2 * 2 + 1}
+UNITS = {"sft": 4, "reward": 4, "ppo": 2 * ROLLOUT["ppo"], "shared": ROLLOUT["shared"], "grpo": 2 * ROLLOUT["grpo"]}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -54,7 +57,7 @@ def test_pitfall_15_resume_bitwise(stage: str, path: Path, tmp_path: Path, stopp
     whole, pieces = config(stage, path, tmp_path / "whole"), config(stage, path, tmp_path / "pieces")
     train(whole)
     wanted = stopper.mark
-    assert one_step_at_a_time(pieces, stopper) == UNITS[stage] + 1
+    assert one_step_at_a_time(pieces, stopper) == UNITS.get(stage, 3) + 1
     assert wanted is not None
     same_mark(stopper.mark, wanted)
     assert finished(whole.out) == finished(pieces.out)
@@ -81,6 +84,17 @@ def test_pitfall_15_what_changed_is_refused_and_shown(path: Path, tmp_path: Path
     ):
         assert refused.match(line)
     assert "  lr" not in str(refused.value)
+
+
+def test_pitfall_15_every_model_that_an_option_names_is_known(path: Path, tmp_path: Path) -> None:
+    base, other = path / "base", tmp_path / "other"
+    small_policy(2).save(other / "model")
+    cfg = config("grpo", path, tmp_path / "run", reward=(f"a={base},{other}@0.5", "exact_answer"), eval_every=3)
+    found = inputs(cfg)
+    assert found.keys() == {"model", "data", f"reward ({base})", f"reward ({other})"}
+    assert found["model"] == found[f"reward ({base})"] != found[f"reward ({other})"]
+    small_policy(3).save(other / "model")
+    assert {k for k, v in inputs(cfg).items() if found[k] != v} == {f"reward ({other})"}
 
 
 def test_pitfall_15_from_the_command_line(path: Path, tmp_path: Path, stopper: Stopper, capfd: Any) -> None:
@@ -110,11 +124,11 @@ def test_pitfall_15_from_the_command_line(path: Path, tmp_path: Path, stopper: S
     assert "holds no run" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
-def test_pitfall_16_killed_at_random_moments(kills: int) -> None:
+@pytest.mark.parametrize(("kills", "stages"), [(4, ("ppo", "sft")), pytest.param(50, STAGES, marks=pytest.mark.slow)])
+def test_pitfall_16_killed_at_random_moments(kills: int, stages: tuple[str, ...]) -> None:
     root = Path(__file__).parents[1]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "tests.kills", "--kills", str(kills)]
+    command = [sys.executable, "-m", "tests.kills", "--kills", str(kills), "--stages", *stages]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=60 * kills, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": the same bits\n") == kills
@@ -136,25 +150,6 @@ def test_pitfall_16_two_runs_do_not_share_a_folder(path: Path, tmp_path: Path) -
         train(cfg)
     assert len(refused) >= 3
     train(cfg)
-
-
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda folder: os.truncate(folder / "policy.safetensors", 1000),
-    "empty": lambda folder: (folder / "optimizer.safetensors").write_bytes(b""),
-    "flipped": lambda folder: flip(folder / "policy.safetensors"),
-    "flipped state": lambda folder: flip(folder / "state.json"),
-    "missing": lambda folder: (folder / "small.safetensors").unlink(),
-    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
-    "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 40),
-    "zeros": lambda folder: (folder / "manifest.json").write_bytes(bytes(500)),
-}
-
-
-def flip(file: Path) -> None:
-    """One bit in the middle."""
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 4
-    file.write_bytes(data)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -30,7 +30,7 @@ from trainer import cli, sft
 from trainer.checkpoint import Checkpoint, Damaged
 from trainer.guard import NotFinite
 from trainer.models import load_policy
-from trainer.signals import Interrupted, Terminated
+from trainer.signals import Interrupted, Terminated, signals
 from trainer.stage import Optimizer
 
 
@@ -70,7 +70,7 @@ def test_pitfall_17_signals_save_and_exit(
     """At its second call a function sends the signal and then takes its time, as generation would."""
     cfg = config("ppo", path, tmp_path / "run")
     number, kind = (signal.SIGINT, Interrupted) if where in ("reward", "Adam") else (signal.SIGTERM, Terminated)
-    owner, name = found(WHERE[where])
+    before, (owner, name) = signal.getsignal(number), found(WHERE[where])
     original, calls = getattr(owner, name), 0
 
     def hit(*args: Any, **kwargs: Any) -> Any:
@@ -82,6 +82,7 @@ def test_pitfall_17_signals_save_and_exit(
                 time.sleep(20)
         return original(*args, **kwargs)
 
+    signal.signal(number, signal.default_int_handler)  # whatever the shell has asked for
     began = time.monotonic()
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, hit)
@@ -91,7 +92,7 @@ def test_pitfall_17_signals_save_and_exit(
     assert kind is Interrupted or stop.value.code == 143  # type: ignore[union-attr]
     assert f"{number.name}: stopping" in (said := capfd.readouterr().err)
     assert re.search(r"ppo: stopped at step \d of 2; saved\n", said)
-    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert signal.signal(number, before) == signal.default_int_handler
     train(cfg, resume=True)
     assert finished(cfg.out) == undisturbed
 
@@ -105,6 +106,7 @@ def found(name: str) -> tuple[Any, str]:
 def test_pitfall_17_the_second_signal_exits_at_once() -> None:
     code = (
         "import os, signal, time; from trainer.signals import signals\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with signals.handled():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('going on', flush=True)\n"
@@ -120,6 +122,18 @@ def test_pitfall_17_the_second_signal_exits_at_once() -> None:
             check=False,
         )
         assert (done.returncode, done.stdout) == (status, "going on\n"), done.stderr
+
+
+def test_pitfall_17_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.handled(), signals.interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
+            signals.check()
+    except Interrupted:  # which would end the tests, not this one
+        pytest.fail("nohup is not respected")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_pitfall_17_a_reward_that_fails_loses_nothing(path: Path, tmp_path: Path, capfd: Any) -> None:
@@ -165,8 +179,8 @@ def test_pitfall_18_not_finite(
             out = loss(batch)
             if len(seen) not in bad:
                 return out
-            # an infinite constant leaves the gradient finite
-            odd = torch.tensor(math.inf) if kind == "loss" else out.loss * math.nan
+            # A finite gradient under an infinite loss, or the root of zero: finite, with a slope of 0 / 0.
+            odd = torch.tensor(math.inf) if kind == "loss" else (out.loss * 0).square().sqrt()
             return rk.LossOutput(out.loss + odd, out.metrics)
 
         try:
@@ -183,7 +197,8 @@ def test_pitfall_18_not_finite(
     assert [row["skipped"] for row in lines(cfg.out / "metrics.jsonl")] == [3.0]
     about = json.loads((cfg.out / "not_finite" / "about.json").read_text())
     assert (about["model"], about["step"], about["micro_batches"]) == (stage, 6, 1)
-    assert not math.isfinite(float(about["losses"][0]))
+    assert math.isfinite(float(about["losses"][0])) == (kind == "gradient")
+    assert math.isfinite(float(about["grad_norm"])) == (kind == "loss")
     assert bool(about["parameters"]) == (kind == "gradient")
     batch = load_file(cfg.out / "not_finite" / "batch.safetensors")
     assert len(batch["0.packed.input_ids"]) == len(batch["0.old_logp"]) == sum(about["fields"]["0.packed.lengths"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,25 @@ def inputs(config: Any) -> dict[str, str]:
         config: A flat dataclass.
 
     Returns:
-        Option to digest. Names of models that are not folders here (``tiny``, a hub id) are left out.
+        Option to digest; where a value names several models, each has its own. Names of models that are not
+        folders here (``tiny``, a hub id) are left out.
 
     Raises:
         FileNotFoundError: A data file does not exist.
     """
     found: dict[str, str] = {}
     for name, value in plain(config).items():
-        if not isinstance(value, str) or name == "out":
+        if name == "out" or value is None:
             continue
         if name == "data" or name.endswith("_data"):
             found[name] = sha256(value)
-        elif (folder := model_folder(value)) is not None:
+        elif isinstance(value, str) and (folder := model_folder(value)) is not None:
             found[name] = _folder_sha256(folder)
+        else:  # perhaps models among other words, as in helpful=runs/a,runs/b@0.5
+            texts = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, str)]
+            for part in {p for text in texts for p in re.split("[=,@]", text)} - {""}:
+                if (folder := model_folder(part)) is not None:
+                    found[f"{name} ({part})"] = _folder_sha256(folder)
     return found
 
 

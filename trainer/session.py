@@ -185,7 +185,7 @@ class Session:
         for option in sorted(hashed):
             if saved["inputs"][option] != now["inputs"][option]:
                 was, is_now = saved["inputs"][option][:12], now["inputs"][option][:12]
-                path = now["config"][option]
+                path = now["config"].get(option, "it")
                 differ.append(f"{option}: the contents of {path} have changed (sha256 {was}... then, {is_now}... now)")
         if differ:
             raise ValueError(

@@ -46,7 +46,8 @@ class Signals:
             yield
             return
         self.received = self.escaped = None
-        self._before = {number: signal.signal(number, self._handle) for number in STOPS}
+        heard = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]  # nohup and the like
+        self._before = {number: signal.signal(number, self._handle) for number in heard}
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -177,6 +178,7 @@ def prepare(cfg: StageConfig) -> torch.device:
     if not cfg.lr > 0:
         raise ValueError(f"lr: got {cfg.lr}, want a positive number")
     random.seed(cfg.seed)
+    np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(auto if cfg.device == "auto" else cfg.device)

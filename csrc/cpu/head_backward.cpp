@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t CHUNK = 8;  // panels of each operand that meet in the second-level cache
 constexpr int64_t SIDE = CHUNK * LINES;
+constexpr int64_t PAGE = 4096;  // bytes, the smallest there are
 
 template <class W>
 class Backward {
@@ -85,8 +86,19 @@ class Backward {
   }
 
   void pack(const Strip& s) const {
+    if (c.sinks.weight && c.sinks.fresh) touch_weight(s);
     if (c.sinks.hidden) pack_weight(s);
     grad_logits(s);
+  }
+
+  // Fresh memory has mostly no pages yet. They are cheaper one after the other than in the middle of a product.
+  void touch_weight(const Strip& s) const {
+    const int64_t bytes = c.sinks.round_weight ? 2 : 4;
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < s.count; ++i) {
+      char* row = static_cast<char*>(c.sinks.weight) + (s.first + i) * c.sinks.ld_weight * bytes;
+      for (int64_t k = 0; k < size * bytes; k += PAGE) row[k] = 0;
+    }
   }
 
   // The next row's logits: they are far from this row's, so nothing else would fetch them in time.

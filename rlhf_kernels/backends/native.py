@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch  # must be loaded before csrc, which then shares its OpenMP runtime: two of them wait for each other
 from torch import Tensor
@@ -22,9 +22,10 @@ STRIP_BYTES = 8 * 2**20  # of logits at a time: they stay in the last-level cach
 STRIP_COLUMNS = 8192  # at most, for few rows
 FEWEST_COLUMNS = 512  # narrower products lose their speed
 
-
 # Logits that a backward has used up, for the next tile of the same call: fresh pages cost more than writing to them.
 _spare: WeakKeyDictionary[Head, list[Tensor]] = WeakKeyDictionary()
+# What the last call left, for the next one, unless the system needs the memory more.
+_offered: list[Tensor] = []
 
 
 class Residual(NamedTuple):
@@ -63,16 +64,26 @@ def backward(
         whole.backward(tile, residual.z, residual.z_ref, residual.sums, grads, rows, sinks)
     else:
         _backward_by_torch(tile, residual, grads, rows, sinks)
-    _spare.setdefault(tile.head, []).extend(z for z in (residual.z, residual.z_ref) if z is not None)
+    if tile.head not in _spare:
+        _spare[tile.head] = []
+        finalize(tile.head, _offer, _spare[tile.head]).atexit = False
+    _spare[tile.head].extend(z for z in (residual.z, residual.z_ref) if z is not None)
 
 
 def _logits(head: Head, n: int, rows: Rows) -> Tensor:
-    """[n, V], uninitialized; in pages that this call already has, where they suffice."""
-    numbers, spare = n * rows.vocab, _spare.get(head, [])
-    for i, old in enumerate(spare):
-        if old.numel() >= numbers and old.dtype == rows.dtype:
-            return spare.pop(i).view(-1)[:numbers].view(n, rows.vocab)
+    """[n, V], uninitialized; in pages that were used before, where they suffice. Those that do not are given back."""
+    numbers = n * rows.vocab
+    for pool in (_spare.get(head, []), _offered):
+        while pool:
+            old = torch.empty(0, dtype=rows.dtype).set_(pool.pop().untyped_storage())
+            if old.numel() >= numbers:
+                return old[:numbers].view(n, rows.vocab)
     return torch.empty(n, rows.vocab, dtype=rows.dtype)
+
+
+def _offer(spare: list[Tensor]) -> None:
+    """What a call that is over has used up stays, as long as the system has no better use for it."""
+    _offered[:] = [z for z in spare if _C.offer_pages(z.data_ptr(), z.untyped_storage().nbytes())]
 
 
 def _backward_by_torch(tile: Tile, residual: Residual, grads: Grads, rows: Tensor | None, sinks: Sinks) -> None:

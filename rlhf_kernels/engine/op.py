@@ -52,6 +52,7 @@ class _TokenStats(torch.autograd.Function):
             into.hidden = call.hidden
         ctx.span.call = call
         ctx.span.backward(grads, into)
+        ctx.span.call = ctx.call  # statistics that live on shall not keep this head's scratch
         if call.overwrite and call.kept.index is not None:
             ignored = torch.ones(call.targets.shape[0], dtype=torch.bool, device=hidden.device)
             call.hidden.masked_fill_(ignored.index_fill_(0, call.kept.index, False)[:, None], 0.0)

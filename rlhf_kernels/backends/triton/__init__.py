@@ -46,14 +46,17 @@ def residual_bytes(tile: Tile) -> int:
     here = entry(tile.hidden.device)
     kept = rows.vocab * (2 if rows.keeps_exponentials else 10 if rows.reference else 4)
     strips = 1 if rows.keeps_exponentials else 0
-    tiles = sum(-(-rows.vocab // b.BLOCK_V) for b in Plan.of(rows, here)[2:4])
+    plan = Plan.of(rows, here)
+    first = plan.blocks.BLOCK_V if plan.fused else piece(rows.vocab, here.pieces)
+    tiles = -(-rows.vocab // first) + -(-rows.vocab // plan.rescue.BLOCK_V)
     partials = 4 * (PLANES_WITH_REFERENCE if rows.reference else PLANES) * tiles
     return kept + strips * 4 * min(here.strip, rows.vocab) + partials + 8 * rows.policy.size + 1024
 
 
 def score(tile: Tile) -> TokenStats:
     """Statistics only."""
-    return _statistics(rows_of(tile), None, None)[0]
+    with torch.cuda.device_of(tile.hidden):  # Triton launches on the current device
+        return _statistics(rows_of(tile), None, None)[0]
 
 
 def forward(tile: Tile) -> tuple[TokenStats, Residual]:
@@ -63,7 +66,8 @@ def forward(tile: Tile) -> tuple[TokenStats, Residual]:
     if rows.policy.weight is not None:
         kept = _rows_of_logits(rows, torch.bfloat16 if rows.keeps_exponentials else torch.float32)
         kept_ref = _rows_of_logits(rows, torch.float32) if rows.reference else None
-    stats, norms = _statistics(rows, kept if rows.policy.weight is not None else None, kept_ref)
+    with torch.cuda.device_of(tile.hidden):
+        stats, norms = _statistics(rows, kept if rows.policy.weight is not None else None, kept_ref)
     return stats, Residual(kept, kept_ref, norms)
 
 
@@ -76,11 +80,12 @@ def backward(
     given = rows_of(tile)
     plain = grads.entropy is None and grads.lse is None and grads.mean_logit is None and grads.kl is None
     plain = plain and given.targets.shape[1] == 1 and given.policy.softcap is None and sinks.bias is None
-    if plain and given.keeps_exponentials and given.policy.weight is not None:
-        from_exponentials(given, residual.kept, residual.norms, stats, grads, sinks)
-    else:
-        here = entry(tile.hidden.device)
-        from_logits(given, residual.kept, residual.kept_ref, residual.norms, stats, grads, sinks, here)
+    with torch.cuda.device_of(tile.hidden):
+        if plain and given.keeps_exponentials and given.policy.weight is not None:
+            from_exponentials(given, residual.kept, residual.norms, stats, grads, sinks)
+        else:
+            here = entry(tile.hidden.device)
+            from_logits(given, residual.kept, residual.kept_ref, residual.norms, stats, grads, sinks, here)
 
 
 def _only(
@@ -120,7 +125,8 @@ class Plan(NamedTuple):
         mine = here.pair if rows.reference else here.half
         capped = any(o.softcap is not None for o in operands)  # a tanh takes registers that large tiles do not have
         large = half and tma == here.tma and not capped
-        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else here.precise
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises once this one was set
+        precision = "tf32" if tf32 else here.precise
         return Plan(fused, tma, mine if large else rescue, rescue, precision)
 
 
@@ -156,7 +162,7 @@ def _statistics(
     planes, plan, size = (
         PLANES_WITH_REFERENCE if ref else PLANES,
         Plan.of(rows, here),
-        piece(rows.vocab, here.pieces.columns),
+        piece(rows.vocab, here.pieces),
     )
     partials = new(planes, -(-rows.vocab // (plan.blocks.BLOCK_V if plan.fused else size)), N)
     end = (own, anchor, anchor_ref, flags, tuple(stats), log_s, log_s_ref)

@@ -22,8 +22,9 @@ def from_exponentials(rows: Rows, e: Tensor, norms: Norms, stats: TokenStats, gr
     other. Uses up ``e``.
     """
     total = norms[1].exp()
-    at = rows.targets.clamp(0, rows.vocab - 1)
-    e.scatter_(1, at, (stats.logp.expm1() * total[:, None]).to(e.dtype))  # p - 1 of near certainty keeps its digits
+    at = (torch.arange(rows.count, device=e.device), rows.targets[:, 0].clamp(0, rows.vocab - 1))
+    # p - 1 of near certainty keeps its digits; scatter_ would do, but waits where torch is told to be deterministic
+    e.index_put_(at, (stats.logp[:, 0].expm1() * total).to(e.dtype))
     per_t = rows.per_t if rows.temperature is None else rows.temperature.reciprocal()
     factor = (-rows.policy.scale * grads.logp[:, 0] / total * per_t)[:, None]
     weight = rows.policy.weight

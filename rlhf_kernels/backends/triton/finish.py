@@ -24,7 +24,7 @@ ROWS = 16  # that one program finishes
 TILES = 16  # that it reads at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["targets", "temperature"])
 def anchor_kernel(
     x, w, bias, targets, temperature, anchor, N, V, H, K, ld_x, ld_w, scale, softcap, per_t,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
@@ -65,7 +65,7 @@ def anchors(rows: Rows, operand: Operand, anchor: Tensor, pieces: Pieces) -> Non
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])
 def finish_kernel(
     partials, own, anchor, anchor_ref, flags, logp, entropy, lse, mean, top1, kl, log_s, log_s_ref,
     N, V, K, T, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, HAS_REF: tl.constexpr, FORWARD_KL: tl.constexpr,

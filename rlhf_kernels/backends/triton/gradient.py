@@ -16,11 +16,17 @@ from torch import Tensor
 
 from rlhf_kernels.backends.triton.calculus import LN2, exponentials, row_scale, to_logits, weighted
 from rlhf_kernels.backends.triton.operands import Rows
+from rlhf_kernels.backends.triton.rows import piece
 from rlhf_kernels.backends.triton.table import Pieces
 from rlhf_kernels.types import Grads, TokenStats
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["N"],
+    do_not_specialize_on_alignment=[
+        "targets", "temperature", "entropy", "kl", "g_logp", "g_entropy", "g_lse", "g_mean", "g_kl"
+    ],
+)  # fmt: skip
 def gradient_kernel(
     kept, kept_ref, bias, out, anchor, log_s, anchor_ref, log_s_ref, entropy, kl, targets, temperature,
     g_logp, g_entropy, g_lse, g_mean, g_kl,
@@ -73,8 +79,8 @@ def gradient_kernel(
         hit = columns == tl.load(targets + row * K + k, mask=in_n, other=-1)
         g += tl.where(hit, tl.load(g_logp + row * K + k, mask=in_n, other=0.0), 0.0)
     if HAS_CAP:
-        share = z / (per_row * softcap)
-        g *= 1.0 - share * share
+        share = z / (per_row * softcap)  # -inf where an exponential underflowed, which is flat as well
+        g *= 1.0 - tl.minimum(share * share, 1.0)
     g *= scale * per_row
     tl.store(out + row * ld_out + columns, g.to(out.dtype.element_ty), mask=inside)
 
@@ -87,17 +93,18 @@ def gradients(
     policy, raw = rows.policy, rows.policy.weight is None
     exponentials = rows.keeps_exponentials and not raw
     has_kl = rows.reference is not None and grads.kl is not None
+    block = piece(rows.vocab, pieces)
 
     def column(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.contiguous()
 
-    gradient_kernel[(triton.cdiv(rows.count, pieces.rows), triton.cdiv(rows.vocab, pieces.columns))](
+    gradient_kernel[(triton.cdiv(rows.count, pieces.rows), triton.cdiv(rows.vocab, block))](
         kept, kept_ref, policy.bias, out, norms[0], norms[1], norms[2], norms[3],
         column(stats.entropy), column(stats.kl), rows.targets, rows.temperature,
         column(grads.logp), column(grads.entropy), column(grads.lse), column(grads.mean_logit), column(grads.kl),
         rows.count, rows.vocab, kept.stride(0), 0 if kept_ref is None else kept_ref.stride(0), out.stride(0),
         policy.scale, policy.softcap or 1.0, rows.per_t,
-        ROWS=pieces.rows, BLOCK=min(pieces.columns, triton.next_power_of_2(rows.vocab)), K=rows.targets.shape[1],
+        ROWS=pieces.rows, BLOCK=block, K=rows.targets.shape[1],
         EXP=exponentials, RAW=raw,
         HAS_BIAS=policy.bias is not None, HAS_CAP=policy.softcap is not None, PER_TOKEN=rows.temperature is not None,
         HAS_REF=has_kl, FORWARD_KL=rows.forward_kl, HAS_ENTROPY=grads.entropy is not None,

@@ -50,7 +50,7 @@ def logits_tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=["targets", "temperature"])
 def head_kernel(
     x, w, bias, x_ref, w_ref, bias_ref, targets, temperature, anchor, anchor_ref, flags,
     partials, own, kept, kept_ref,

@@ -64,7 +64,8 @@ def _row_major(x: Tensor) -> Tensor:
 def _operand(hidden: Tensor, head: Head) -> Operand:
     weight = None if head.weight is None else _row_major(head.weight)
     bias = None if head.bias is None else head.bias.contiguous()
-    return Operand(_row_major(hidden), weight, bias, head.softcap, head.logit_scale)
+    softcap = None if head.softcap is None else float(head.softcap)  # whole numbers would be kernels of their own
+    return Operand(_row_major(hidden), weight, bias, softcap, float(head.logit_scale))
 
 
 def rows_of(tile: Tile) -> Rows:
@@ -84,7 +85,12 @@ def rows_of(tile: Tile) -> Rows:
 def describable(operand: Operand) -> bool:
     """Whether the tensor memory accelerator can read hidden states and weight: halves, aligned to 16 bytes."""
     return all(
-        x is not None and x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
+        x is not None
+        and x.element_size() == 2
+        and x.data_ptr() % 16 == 0
+        and x.stride(1) == 1
+        and x.stride(0) % 8 == 0
+        and x.stride(0) >= x.shape[1]
         for x in (operand.hidden, operand.weight)
     )
 

@@ -23,12 +23,16 @@ from rlhf_kernels.backends.triton.operands import Rows
 from rlhf_kernels.backends.triton.table import Pieces
 
 
-def piece(vocab: int, most: int) -> int:
-    """Columns that one program folds; every strip but the last must be a multiple of it."""
-    return min(most, int(triton.next_power_of_2(vocab)))
+def piece(vocab: int, pieces: Pieces) -> int:
+    """Columns that one program takes; every strip but the last must be a multiple of it.
+
+    Never fewer than the program has threads: two of them would hold the same logit, and the one might read it after the
+    other has overwritten it in place.
+    """
+    return min(pieces.columns, max(32 * pieces.num_warps, int(triton.next_power_of_2(vocab))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=["targets", "temperature"])
 def rows_kernel(
     given, given_ref, bias, bias_ref, targets, temperature, anchor, anchor_ref, flags, partials, own, kept, kept_ref,
     N, V, K, T, ld_given, ld_given_ref, ld_kept, first, scale, softcap, scale_ref, softcap_ref, per_t,
@@ -77,7 +81,7 @@ def fold_rows(
 ) -> None:  # fmt: skip
     """Launch on logits of columns ``first`` onwards, before bias, scale, softcap and temperature."""
     policy, ref = rows.policy, rows.reference
-    block = piece(rows.vocab, pieces.columns)
+    block = piece(rows.vocab, pieces)
     rows_kernel[(triton.cdiv(rows.count, pieces.rows), triton.cdiv(given.shape[1], block))](
         given, given_ref, policy.bias, ref and ref.bias, rows.targets, rows.temperature, anchor, anchor_ref, flags,
         partials, own, kept, kept_ref,

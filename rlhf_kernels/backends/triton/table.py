@@ -61,7 +61,7 @@ PLAIN_100 = Blocks(64, 64, 32, 4, 2)
 # for the interpreter, where every operation costs the same whatever its size
 SMALL, SMALL_PIECES = Blocks(32, 128, 16, 4, 1), Pieces(32, 128, 4)
 
-# Triton 3.6 turns an "ieee" product of float32 into one of tf32 on tensor cores of 10.0, in silence; three of them do.
+# Triton 3.6 turns an "ieee" product of float32 into one of tf32 on tensor cores of 10.x, in silence; three of them do.
 BY_CAPABILITY = {
     (8, 0): Entry(
         Blocks(64, 128, 32, 8, 3), Blocks(64, 64, 32, 8, 3), PLAIN, FULL, PIECES, False, 0, 8192, "ieee", None
@@ -89,12 +89,13 @@ INTERPRETED = Entry(SMALL, SMALL, SMALL, SMALL, SMALL_PIECES, False, 0, 256, "ie
 @functools.cache
 def _unlisted(capability: tuple[int, int]) -> Entry:
     known = ", ".join(f"{a}.{b}" for a, b in sorted(BY_CAPABILITY))
+    alike = capability[0] in (10, 11)  # the tensor cores of 10.0, and their "ieee" too
     warnings.warn(
         f"rlhf_kernels: no tuning for compute capability {capability[0]}.{capability[1]} (there is for {known}); "
-        "a conservative entry runs",
+        f"{'that of 10.0' if alike else 'a conservative entry'} runs",
         stacklevel=2,
     )
-    return CONSERVATIVE
+    return BY_CAPABILITY[(10, 0)] if alike else CONSERVATIVE
 
 
 def entry(device: torch.device) -> Entry:
