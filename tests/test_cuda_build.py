@@ -105,6 +105,7 @@ def test_what_is_said_without_it(tmp_path: Path, environment: dict[str, str], co
 
 
 def test_an_nvcc_named_by_hand_is_the_one_that_runs(tmp_path: Path):
+    pytest.importorskip("pybind11")
     done = build(tmp_path, NVCC="no-such-nvcc", RLHF_KERNELS_CUDA="1")
     assert done.returncode == 1
     assert "no-such-nvcc" in done.stdout + done.stderr
