@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import checks as check
 from rlhf_kernels.engine.call import Call, RefArgument, cast_inputs, prepare
+from rlhf_kernels.engine.compiled import one_break
 from rlhf_kernels.engine.op import padded
 from rlhf_kernels.engine.span import Gradients, Span, stats_dtype
 from rlhf_kernels.types import Grads, HeadOptions, LossOutput, Objective, TokenStats
@@ -179,6 +180,7 @@ def _batch(
     return Batch(objective, tuple(x.reshape(-1) for x in per_token), tuple(per_sequence), cu_kept, unit)
 
 
+@one_break
 def fused_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import checks as check
 from rlhf_kernels.engine.call import Call, RefArgument, cast_inputs, prepare
+from rlhf_kernels.engine.compiled import compilable_statistics
 from rlhf_kernels.engine.span import Gradients, Span, stats_dtype
 from rlhf_kernels.types import Grads, HeadOptions, TokenStats
 
@@ -117,6 +118,7 @@ def _statistics(
     return TokenStats(logp, *(x.view(shape) for x in rest))
 
 
+@compilable_statistics("logp", "entropy", "lse", "mean_logit", "top1")
 def token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, **head: Unpack[HeadOptions]) -> TokenStats:
     """Differentiable statistics of each token's distribution, straight from hidden states.
 
@@ -142,6 +144,7 @@ def token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, **head: Unpack[
     return _statistics(hidden, weight, targets, 0, None, None, "reverse", head)
 
 
+@compilable_statistics("logp", "entropy", "lse", "mean_logit", "top1")
 def token_stats_from_logits(
     logits: Tensor, targets: Tensor, *, overwrite: bool = False, **head: Unpack[HeadOptions]
 ) -> TokenStats:
@@ -169,6 +172,7 @@ def token_stats_from_logits(
     return _statistics(logits, None, targets, 0, None, None, "reverse", head, overwrite)
 
 
+@compilable_statistics("logp")
 def token_logps(hidden: Tensor, weight: Tensor, token_ids: Tensor, **head: Unpack[HeadOptions]) -> Tensor:
     """Log-probabilities of K chosen tokens at each position (distillation, top-k), differentiable.
 
@@ -191,6 +195,7 @@ def token_logps(hidden: Tensor, weight: Tensor, token_ids: Tensor, **head: Unpac
     return _statistics(hidden, weight, token_ids, 1, None, None, "reverse", head).logp
 
 
+@compilable_statistics("kl")
 def kl_divergence(
     hidden: Tensor,
     weight: Tensor,

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.checks import cu_seqlens_of, is_number, positive, shaped, show, wants
-from rlhf_kernels.engine import fused_loss
+from rlhf_kernels.engine import compilable_loss, fused_loss
 from rlhf_kernels.losses.pairs import check_coef, log_ratio_sums, reference_columns
 from rlhf_kernels.losses.reduce import Count, denominator, kept_lengths, kept_targets, metric, total
 from rlhf_kernels.types import HeadOptions, LossOutput, TokenStats
 
 
+@compilable_loss("rewards/chosen", "rewards/rejected", "kl")
 def kto_loss(
     hidden: Tensor,
     weight: Tensor,

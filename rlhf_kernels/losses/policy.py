@@ -11,13 +11,16 @@ from typing import Unpack
 from torch import Tensor
 
 from rlhf_kernels.checks import cu_seqlens_of, float_tensor, holds, shaped, wants
-from rlhf_kernels.engine import fused_loss
+from rlhf_kernels.engine import compilable_loss, fused_loss
 from rlhf_kernels.losses.reduce import Count, kept_targets, token_reduction, total
 from rlhf_kernels.losses.surrogate import Metrics, PolicyTerms
 from rlhf_kernels.segments import spread
 from rlhf_kernels.types import HeadOptions, LossOutput, TokenStats
 
+METRICS = "approx_kl", "clipfrac", "clipfrac_low", "clipfrac_high", "ratio", "entropy"
 
+
+@compilable_loss(*METRICS, kl=("ref_logp", "ref"), clipfrac_dual=("dual_clip",))
 def ppo_loss(
     hidden: Tensor,
     weight: Tensor,

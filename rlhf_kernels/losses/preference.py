@@ -7,6 +7,7 @@ from typing import Unpack
 from torch import Tensor
 
 from rlhf_kernels.checks import positive, wants
+from rlhf_kernels.engine import compilable_loss
 from rlhf_kernels.losses.pairs import (
     Anchor,
     check_coef,
@@ -19,7 +20,10 @@ from rlhf_kernels.losses.pairs import (
 from rlhf_kernels.losses.reduce import Count
 from rlhf_kernels.types import HeadOptions, LossOutput
 
+METRICS = "rewards/chosen", "rewards/rejected", "margin", "accuracy", "logp/chosen", "logp/rejected"
 
+
+@compilable_loss(*METRICS, nll=("sft_coef",))
 def dpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -93,6 +97,7 @@ def dpo_loss(
     )
 
 
+@compilable_loss(*METRICS)
 def ipo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -132,6 +137,7 @@ def ipo_loss(
     )
 
 
+@compilable_loss(*METRICS, "nll")
 def orpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -179,6 +185,7 @@ def orpo_loss(
     )
 
 
+@compilable_loss(*METRICS, nll=("sft_coef",))
 def simpo_loss(
     hidden: Tensor,
     weight: Tensor,

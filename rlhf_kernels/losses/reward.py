@@ -12,12 +12,14 @@ from torch import Tensor
 
 from rlhf_kernels.checks import float_tensor, is_number, shaped, show, wants
 from rlhf_kernels.checks import positive as check_positive
+from rlhf_kernels.engine import compilable_loss
 from rlhf_kernels.losses.pairs import check_coef, check_label_smoothing, log_sigmoid_loss
 from rlhf_kernels.losses.reduce import Count, averages, denominator, metric, total
 from rlhf_kernels.segments import Groups, group_layout
 from rlhf_kernels.types import LossOutput
 
 
+@compilable_loss("accuracy", "margin", "rewards/chosen", "rewards/rejected")
 def bradley_terry_loss(
     scores: Tensor,
     *,
@@ -97,6 +99,7 @@ def bradley_terry_loss(
     return _group_mean(mean_of_pairs(loss), alive, num_groups, metrics)
 
 
+@compilable_loss("accuracy")
 def plackett_luce_loss(
     scores: Tensor, ranks: Tensor, groups: int | Tensor, *, top: int | None = None, num_groups: Count | None = None
 ) -> LossOutput:
@@ -137,6 +140,7 @@ def plackett_luce_loss(
     return _group_mean(loss, member.sum(1) > 1, num_groups, {"accuracy": _top_hit(s, member & (better == 0), member)})
 
 
+@compilable_loss("accuracy")
 def infonce_loss(
     scores: Tensor, positive: Tensor, groups: int | Tensor, *, temperature: float = 1.0, num_groups: Count | None = None
 ) -> LossOutput:

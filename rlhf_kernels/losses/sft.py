@@ -7,12 +7,13 @@ from typing import Unpack
 from torch import Tensor
 
 from rlhf_kernels.checks import float_tensor, is_number, shaped, wants
-from rlhf_kernels.engine import fused_loss
+from rlhf_kernels.engine import compilable_loss, fused_loss
 from rlhf_kernels.losses.pairs import check_coef
 from rlhf_kernels.losses.reduce import Count, kept_targets, metric, token_reduction, total
 from rlhf_kernels.types import HeadOptions, LossOutput, TokenStats
 
 
+@compilable_loss("nll", "entropy", "accuracy")
 def sft_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.checks import float_tensor, is_number, shaped, wants
+from rlhf_kernels.engine import compilable_loss
 from rlhf_kernels.losses.reduce import Count, averages, metric, token_reduction, total
 from rlhf_kernels.types import LossOutput
 
 
+@compilable_loss("values", "returns", "explained_var", clipfrac=("clip",))
 def value_loss(
     values: Tensor,
     returns: Tensor,

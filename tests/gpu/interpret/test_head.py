@@ -109,6 +109,25 @@ def test_a_row_is_rescued_over_more_tiles_than_programs():
         assert torch.allclose(got, want, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.usefixtures("_way")
+def test_rounding_changes_no_sign():
+    rng = torch.Generator().manual_seed(4)
+    hidden, weight = torch.randn(64, 24, generator=rng), torch.randn(40, 24, generator=rng)
+    bias, targets = torch.zeros(40), torch.full((64,), 3)
+    bias[3] = 60.0  # certain: what is left of logp and entropy is rounding
+    with torch.no_grad():
+        stats = rk.token_stats(hidden, weight, targets, bias=bias, backend="triton")
+        kl = rk.kl_divergence(hidden, weight, hidden, weight * (1 + 1e-7), targets, backend="triton")
+    assert (stats.logp <= 0).all()
+    assert (stats.entropy >= 0).all()
+    assert (kl >= 0).all()
+
+
+def test_ties_are_won():
+    z = torch.tensor([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
+    assert rk.token_stats_from_logits(z, torch.tensor([0, 1, 2]), backend="triton").top1.tolist() == [1.0, 0.0, 1.0]
+
+
 def test_a_forbidden_target_among_logits_far_below_zero():
     """Its logit is no anchor: zero takes its place, and may lie too far above all the others."""
     z = torch.randn(2, 300, generator=torch.Generator().manual_seed(3)) - 100.0
@@ -132,6 +151,27 @@ def test_gradients_of_bfloat16_logits_add_up_to_nothing(everything):
     stats = rk.token_stats(hidden, weight.requires_grad_(), targets, weight_grad=full, backend="triton")
     (stats.logp.sum() + (0.1 * stats.entropy.sum() if everything else 0.0)).backward()
     assert full.sum(0).abs().max() <= 1e-3 * hidden.float().sum(0).max()
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("each", [False, True], ids=["one temperature", "one per token"])
+def test_plain_gradients_know_temperature_and_scale(each):
+    """Where only log p of bfloat16 hidden states counts, no pass over the logits is made: the factor has them all."""
+    rng = torch.Generator().manual_seed(6)
+    hidden, weight = torch.randn(9, 16, generator=rng).bfloat16(), torch.randn(200, 16, generator=rng).bfloat16()
+    targets = torch.randint(200, (9,), generator=rng)
+    options = {"logit_scale": 0.3, "temperature": torch.linspace(0.4, 2.0, 9) if each else 0.5}
+    found = []
+    for fn, kind, more in (
+        (reference.token_stats, torch.float64, {}),
+        (reference.token_stats, torch.bfloat16, {"dtype": torch.bfloat16}),
+        (rk.token_stats, torch.bfloat16, {"backend": "triton"}),
+    ):
+        x, w = hidden.to(kind).requires_grad_(), weight.to(kind).requires_grad_()
+        fn(x, w, targets, **options, **more).logp.sum().backward()
+        found.append((x.grad, w.grad))
+    for exact, plain, got in zip(*found, strict=True):
+        assert_gradient("gradient", got, exact, plain, torch.bfloat16)
 
 
 def test_no_program_has_more_threads_than_columns():
