@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import rlhf_kernels as rk
+from rlhf_kernels.backends import eager
 
 MIB = 2**20
 
@@ -121,3 +123,16 @@ def test_max_bytes_caps_scratch_and_stash(backend):
         if not over:
             return
     pytest.fail("; ".join(over))
+
+
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def test_out_of_memory_says_which_budget_to_lower(monkeypatch, step):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(eager, step, full)
+    x, w = torch.zeros(6, 4, requires_grad=True), torch.zeros(9, 4)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        rk.token_stats(x, w, torch.arange(6), backend="eager", max_bytes=1000).logp.sum().backward()
+    (note,) = caught.value.__notes__
+    assert "max_bytes=1000; pass a smaller one" in note

@@ -6,6 +6,8 @@ another, each as large as the byte budget allows, so that it never recomputes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +75,19 @@ def _joined(parts: list[TokenStats]) -> TokenStats:
     return TokenStats(*(None if x[0] is None else torch.cat(x) for x in columns))  # type: ignore[arg-type]
 
 
+@contextmanager
+def _within_budget(call: Call) -> Iterator[None]:
+    """Whoever runs out of memory hears what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            f"rlhf_kernels: the logits of {min(call.rows, call.tile_rows())} rows were to be held at once, in up to "
+            f"max_bytes={call.max_bytes}; pass a smaller one"
+        )
+        raise
+
+
 class Span:
     """Statistics of kept rows start to stop; ``keep`` says whether gradients may be asked for."""
 
@@ -89,9 +104,9 @@ class Span:
         self.pieces: list[tuple[int, int, Any]] = []
         parts: list[TokenStats] = []
         for i, (a, b) in enumerate(pieces):
-            stats, residual = (
-                call.backend.forward(call.tile(a, b)) if i < self.stash else (call.backend.score(call.tile(a, b)), None)
-            )
+            with _within_budget(call):
+                tile, keeps = call.tile(a, b), i < self.stash
+                stats, residual = call.backend.forward(tile) if keeps else (call.backend.score(tile), None)
             if call.checks and i == 0 and b > a:
                 check.explain_logits(stats.lse, call.head.weight, call.head.bias)
             self.pieces.append((a, b, residual))
@@ -103,7 +118,8 @@ class Span:
         for a, b, residual in self.pieces:
             part = slice(a - self.start, b - self.start)
             here = grads.each(lambda g, part=part: g[part])
-            self._piece(a, b, residual, self.stats.each(lambda x, part=part: x[part]), here, into)
+            with _within_budget(self.call):
+                self._piece(a, b, residual, self.stats.each(lambda x, part=part: x[part]), here, into)
         self.pieces = [(a, b, None) for a, b, _ in self.pieces]
 
     def _piece(self, a: int, b: int, residual: Any, stats: TokenStats, grads: Grads, into: Gradients) -> None:
