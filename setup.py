@@ -32,6 +32,7 @@ PER_ISA = {
     "head_forward.cpp": HEAD,
     "head_backward.cpp": HEAD,
     "head_kernels.cpp": HEAD,
+    "head_sparse.cpp": HEAD,
 }
 GPUS = ["80", "90", "100"]  # machine code for each that nvcc knows, and PTX of the last for what comes after
 

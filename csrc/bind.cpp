@@ -118,6 +118,22 @@ void define_head(py::module_& m) {
         head_kernels()->backward({dtype, policy, grad, sinks});
       },
       Unlocked());
+  m.def(
+      "head_select",
+      [](Work work, Address index, Strip policy, Strip reference, Transform transform, Targets targets, Sums sums,
+         UpstreamGrads upstream, double tolerance, int64_t most, Address counts, Address lost, Address norm) {
+        const GradCall grad{work,      at<const int64_t>(index), policy, reference, transform, targets, sums, upstream,
+                            nullptr, 0};
+        head_kernels()->select({grad, tolerance, most, at<int64_t>(counts), at<double>(lost), at<double>(norm)});
+      },
+      Unlocked());
+  m.def(
+      "head_sparse",
+      [](Dtype dtype, Head policy, Work work, Address index, Strip logits, Address counts, Sinks sinks) {
+        head_kernels()->sparse(
+            {dtype, policy, work, at<const int64_t>(index), logits, at<const int64_t>(counts), sinks});
+      },
+      Unlocked());
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypedDict
 
+import torch
 from torch import Tensor
 
 
@@ -53,6 +54,7 @@ class HeadOptions(TypedDict, total=False):
     max_bytes: int | None  # most scratch and stash, in bytes, whatever the number of tokens
     weight_grad: Tensor | None  # [V, H] float32: the head's gradient is added here and weight.grad stays None
     loss_scale: float  # with weight_grad: the factor that the loss will be multiplied by before backward
+    tolerance: float | None  # share (L2) that the gradient of a row's logits may lose; None: nothing is left out
     max_targets: int | None  # at least the targets that are not ignored: then no call waits for the GPU to count them
     checks: bool  # look into the data (targets in range, nothing NaN)
 
@@ -122,8 +124,22 @@ class Sinks(NamedTuple):
     fresh: bool = False
 
 
+class Entries(NamedTuple):
+    """What is left of the gradients of some rows' logits where a tolerance allows to leave out the rest."""
+
+    rows: Tensor  # [s] int64 rows of the tile
+    others: Tensor  # [o] int64 rows of the tile that keep everything
+    lost: Tensor  # float64 squared norm of what was left out, of each row that was looked at, in no order
+    norm: Tensor  # float64 squared norm of everything, in the same
+    kept: Any  # the backend's own business
+
+    def beside(self, rows: Tensor) -> Entries:
+        """With more rows that keep everything."""
+        return self._replace(others=torch.cat([self.others, rows]).sort().values)
+
+
 class Backend(Protocol):
-    """Three functions on one tile of rows. The residual is the backend's own business.
+    """Functions on one tile of rows. The residual is the backend's own business.
 
     In the statistics of a tile ``logp`` is [n, K]; everything else is [n].
     """
@@ -144,6 +160,20 @@ class Backend(Protocol):
         self, tile: Tile, residual: Any, stats: TokenStats, grads: Grads, rows: Tensor | None, sinks: Sinks
     ) -> None:
         """Gradients of the rows given by ``rows`` ([r] ascending int64; None is all). Consumes the residual."""
+        ...
+
+
+class SparseBackend(Backend, Protocol):
+    """One that can leave out what a tolerance allows."""
+
+    def select(
+        self, tile: Tile, residual: Any, stats: TokenStats, grads: Grads, rows: Tensor | None, tolerance: float
+    ) -> Entries:
+        """What is left of each row; ``backward`` of the other rows, if there are any, comes after."""
+        ...
+
+    def multiply(self, tile: Tile, entries: Entries, sinks: Sinks) -> None:
+        """``backward`` of the rows of these entries. A bfloat16 weight may then be added to."""
         ...
 
 

@@ -41,9 +41,33 @@ struct HeadBackward {
   Sinks sinks;
 };
 
+// Entries of the gradients of logits that carry all of them but a share `tolerance` of each row's norm. They take the
+// place of the row's logits: values from its beginning on, columns (int32, ascending) from its middle on.
+struct SelectCall {
+  GradCall grad;  // over the whole vocabulary; `grad.grad` is not used
+  double tolerance;
+  int64_t most;         // entries of a row, at most half the vocabulary
+  int64_t* counts;      // [rows], or -1: a row that needs more
+  double *lost, *norm;  // [rows] squared norm of what was left out (zero where the count is -1), and of everything
+};
+
+// Rows index[i] of the hidden states and of the logits, where their entries are. No count is -1. A bfloat16 weight may be
+// added to.
+struct SparseBackward {
+  Dtype dtype;
+  Head policy;
+  Work work;
+  const int64_t* index;
+  Strip logits;
+  const int64_t* counts;
+  Sinks sinks;
+};
+
 struct HeadKernels {
   void (*forward)(const HeadForward&);
   void (*backward)(const HeadBackward&);
+  void (*select)(const SelectCall&);
+  void (*sparse)(const SparseBackward&);
 };
 
 const HeadKernels* head_kernels();  // null where there are none

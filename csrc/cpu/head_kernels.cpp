@@ -6,7 +6,7 @@
 namespace rlhf {
 
 const HeadKernels& RLHF_NAMED(head_kernels_, RLHF_ISA)() {
-  static constexpr HeadKernels table{head_forward, head_backward};
+  static constexpr HeadKernels table{head_forward, head_backward, head_select, head_sparse};
   return table;
 }
 

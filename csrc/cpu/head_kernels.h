@@ -11,6 +11,8 @@ inline namespace RLHF_ISA {
 
 void head_forward(const HeadForward&);
 void head_backward(const HeadBackward&);
+void head_select(const SelectCall&);
+void head_sparse(const SparseBackward&);
 
 // Calls `use` with the words in which a dtype is multiplied. float16 is widened: its own sums would overflow, and no
 // machine of this kind multiplies it faster.

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_kernels.types import Grads, Head, Sinks, Tile, TokenStats
+from rlhf_kernels.backends import sparse
+from rlhf_kernels.types import Entries, Grads, Head, Sinks, Tile, TokenStats
 
 STRIP = 2048  # columns at a time
 SCRATCH = 6 * STRIP  # numbers per row that are alive beside the logits while a strip is worked on
@@ -197,6 +198,20 @@ def _grad_logits(
     if tile.head.softcap is not None:
         g *= 1 - (z * temperature / tile.head.softcap).square_()
     return g.mul_(tile.head.logit_scale).div_(temperature)
+
+
+def select(
+    tile: Tile, residual: Residual, stats: TokenStats, grads: Grads, rows: Tensor | None, tolerance: float
+) -> Entries:
+    def gradient(some: Tensor) -> Tensor:
+        return torch.cat([_grad_logits(tile, residual, stats, grads, some, s) for s in _strips(tile)], dim=1)
+
+    rows = torch.arange(residual.z.shape[0], device=residual.z.device) if rows is None else rows
+    look, flat = sparse.promising(rows, stats.entropy, width(tile))
+    return sparse.select(look, width(tile), gradient, tolerance).beside(flat)
+
+
+multiply = sparse.multiply
 
 
 def _leave(part: Tensor, sink: Tensor, fresh: bool) -> None:

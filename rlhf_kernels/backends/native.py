@@ -6,7 +6,7 @@ bfloat16 itself are gradients of bfloat16 heads rounded to it, on their way into
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, finalize
 
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rlhf_kernels import _C
 from rlhf_kernels.backends import native_head as whole
+from rlhf_kernels.backends import sparse
 from rlhf_kernels.backends.native_rows import Rows, Sums, Upstream, address, wide
-from rlhf_kernels.types import Grads, Head, Sinks, Tile, TokenStats
+from rlhf_kernels.types import Entries, Grads, Head, Sinks, Tile, TokenStats
 
 STRIP_BYTES = 8 * 2**20  # of logits at a time: they stay in the last-level cache between the product and the sums
 STRIP_COLUMNS = 8192  # at most, for few rows
@@ -64,10 +65,54 @@ def backward(
         whole.backward(tile, residual.z, residual.z_ref, residual.sums, grads, rows, sinks)
     else:
         _backward_by_torch(tile, residual, grads, rows, sinks)
-    if tile.head not in _spare:
-        _spare[tile.head] = []
-        finalize(tile.head, _offer, _spare[tile.head]).atexit = False
-    _spare[tile.head].extend(z for z in (residual.z, residual.z_ref) if z is not None)
+    _used_up(tile.head, residual)
+
+
+def select(
+    tile: Tile, residual: Residual, stats: TokenStats, grads: Grads, rows: Tensor | None, tolerance: float
+) -> Entries:
+    """The entries of each row's gradient that matter."""
+    n, vocab = residual.z.shape
+    look, flat = sparse.promising(torch.arange(n) if rows is None else rows, stats.entropy, vocab)
+    if whole.fits(tile):
+        entries = whole.select(tile, residual.z, residual.z_ref, residual.sums, grads, look, tolerance)
+    else:
+        entries = sparse.select(look, vocab, _gradient(tile, residual, grads), tolerance)
+    return entries._replace(kept=(entries.kept, residual)).beside(flat)
+
+
+def multiply(tile: Tile, entries: Entries, sinks: Sinks) -> None:
+    """Each entry meets one row of the weight and one of the hidden states. Consumes what ``select`` was given."""
+    kept, residual = entries.kept
+    entries, weight = entries._replace(kept=kept), sinks.weight
+    if not whole.fits(tile):
+        sparse.multiply(tile, entries, sinks)
+    elif weight is None or weight.stride(-1) == 1:
+        whole.multiply(tile, entries, sinks)
+    else:
+        packed = weight.contiguous()
+        whole.multiply(tile, entries, sinks._replace(weight=packed))
+        weight.copy_(packed)
+    if not entries.others.numel():  # otherwise they have gone before
+        _used_up(tile.head, residual)
+
+
+def _gradient(tile: Tile, residual: Residual, grads: Grads) -> Callable[[Tensor], Tensor]:
+    given, upstream = Rows(tile), Upstream(grads, residual.z.dtype)
+
+    def gradient(rows: Tensor) -> Tensor:
+        out = residual.z.new_empty(rows.numel(), residual.z.shape[1])
+        given.grad(residual.sums, residual.z, residual.z_ref, 0, upstream, rows, out)
+        return out
+
+    return gradient
+
+
+def _used_up(head: Head, residual: Residual) -> None:
+    if head not in _spare:
+        _spare[head] = []
+        finalize(head, _offer, _spare[head]).atexit = False
+    _spare[head].extend(z for z in (residual.z, residual.z_ref) if z is not None)
 
 
 def _logits(head: Head, n: int, rows: Rows) -> Tensor:

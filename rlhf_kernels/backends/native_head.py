@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import _C
+from rlhf_kernels.backends import sparse
 from rlhf_kernels.backends.native_rows import Rows, Sums, Upstream, address, strip_of
-from rlhf_kernels.types import Grads, Head, Sinks, Tile
+from rlhf_kernels.types import Entries, Grads, Head, Sinks, Tile
 
 DTYPES = {
     torch.float32: _C.Dtype.float32,
@@ -58,7 +59,37 @@ def backward(
     rows, upstream, policy = Rows(tile), Upstream(grads, torch.float32), _Operands(tile.hidden, tile.head)
     index = None if index is None else index.contiguous()
     count = tile.hidden.shape[0] if index is None else index.numel()
-    into = _C.Sinks(
+    _C.head_backward(
+        DTYPES[tile.hidden.dtype], policy.c, rows.work(count), address(index), strip_of(z, 0), strip_of(z_ref, 0),
+        rows.transform, rows.targets(sums), sums.c, upstream.c, _into(sinks),
+    )  # fmt: skip
+
+
+def select(
+    tile: Tile, z: Tensor, z_ref: Tensor | None, sums: Sums, grads: Grads, index: Tensor, tolerance: float
+) -> Entries:
+    """The entries of the rows in ``index`` that matter. They take the place of those rows' logits."""
+    rows, upstream, count = Rows(tile), Upstream(grads, torch.float32), index.numel()
+    counts, norms = torch.empty(count, dtype=torch.int64), torch.empty(2, count, dtype=torch.float64)
+    _C.head_select(
+        rows.work(count), address(index), strip_of(z, 0), strip_of(z_ref, 0), rows.transform, rows.targets(sums),
+        sums.c, upstream.c, tolerance, sparse.most(rows.vocab), address(counts), address(norms[0]), address(norms[1]),
+    )  # fmt: skip
+    few = counts >= 0
+    return Entries(index[few], index[~few], norms[0], norms[1], (z, counts[few]))
+
+
+def multiply(tile: Tile, entries: Entries, sinks: Sinks) -> None:
+    """Gradients of the rows of these entries into the sinks."""
+    rows, policy, (z, counts) = Rows(tile), _Operands(tile.hidden, tile.head), entries.kept
+    _C.head_sparse(
+        DTYPES[tile.hidden.dtype], policy.c, rows.work(entries.rows.numel()), address(entries.rows), strip_of(z, 0),
+        address(counts), _into(sinks),
+    )  # fmt: skip
+
+
+def _into(sinks: Sinks) -> _C.Sinks:
+    return _C.Sinks(
         hidden=address(sinks.hidden),
         weight=address(sinks.weight),
         ld_weight=0 if sinks.weight is None else sinks.weight.stride(0),
@@ -66,7 +97,3 @@ def backward(
         fresh=sinks.fresh,
         round_weight=sinks.weight is not None and sinks.weight.dtype == torch.bfloat16,
     )
-    _C.head_backward(
-        DTYPES[tile.hidden.dtype], policy.c, rows.work(count), address(index), strip_of(z, 0), strip_of(z_ref, 0),
-        rows.transform, rows.targets(sums), sums.c, upstream.c, into,
-    )  # fmt: skip

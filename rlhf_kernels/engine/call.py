@@ -37,6 +37,7 @@ class Call:
     weight_grad: Tensor | None
     loss_scale: float
     hidden: Tensor
+    tolerance: float | None = None
     overwrite: bool = False  # the gradient of ready logits takes their place
 
     def bind(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Call:
@@ -185,6 +186,16 @@ def prepare(
         isinstance(max_bytes, int) and max_bytes > 0, "max_bytes", max_bytes, "a positive whole number of bytes"
     )
 
+    tolerance = options.get("tolerance")
+    backend = resolve(options.get("backend", "auto"), hidden.device, hidden.dtype)
+    if tolerance is not None:
+        check.wants(check.is_number(tolerance) and 0 < tolerance < 1, "tolerance", tolerance, "above 0 and below 1")
+        check.wants(weight is not None, "tolerance", tolerance, "None where there is no head, and no product to save")
+        able = hasattr(backend, "select")
+        check.wants(
+            able, "tolerance", tolerance, "None on the GPU, whose kernels leave nothing out; or backend='eager'"
+        )
+
     flat = targets.reshape(hidden.shape[:-1].numel(), -1).long() if targets.numel() else targets.reshape(0, 1).long()
     most = options.get("max_targets")
     fits = most is None or (isinstance(most, int) and most > 0)
@@ -211,12 +222,13 @@ def prepare(
         kept=kept,
         temperature=temperature,
         reference=reference,
-        backend=resolve(options.get("backend", "auto"), hidden.device, hidden.dtype),
+        backend=backend,
         max_bytes=max_bytes,
         checks=with_checks,
         weight_grad=weight_grad,
         loss_scale=float(scale),
         hidden=rows_of_hidden,
+        tolerance=tolerance,
     )
 
 

@@ -66,7 +66,8 @@ def _stream(call: Call, batch: Batch, wanted: tuple[bool, bool, bool]) -> tuple[
         for name, (total, count) in metrics.items():
             before = sums.get(name)
             sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
-    return loss, {name: total / count.clamp(min=1e-30) for name, (total, count) in sums.items()}, into.filled()
+    logged = {name: total / count.clamp(min=1e-30) for name, (total, count) in sums.items()}
+    return loss, logged | into.losses.metrics(loss), into.filled()
 
 
 def _of_nothing(batch: Batch, real: Tensor, zero: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:

@@ -6,21 +6,45 @@ another, each as large as the byte budget allows, so that it never recomputes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import checks as check
 from rlhf_kernels.engine.call import Call
-from rlhf_kernels.types import Grads, Sinks, TokenStats
+from rlhf_kernels.types import Entries, Grads, Sinks, SparseBackend, TokenStats
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(eq=False)
+class Losses:
+    """What a tolerance has cost so far: squared norms of gradients of logits, and rows."""
+
+    lost: Tensor | float = 0.0
+    norm: Tensor | float = 0.0
+    dense: int = 0
+    rows: int = 0
+
+    def add(self, entries: Entries) -> None:
+        self.lost, self.norm = self.lost + entries.lost.sum(), self.norm + entries.norm.sum()
+        self.dense, self.rows = (
+            self.dense + entries.others.numel(),
+            self.rows + entries.others.numel() + entries.rows.numel(),
+        )
+
+    def metrics(self, like: Tensor) -> dict[str, Tensor]:
+        """What rows looked at have lost of their logits' gradient (L2), and the share that keeps everything."""
+        if not self.rows:
+            return {}
+        lost = (float(self.lost) / max(float(self.norm), 1e-300)) ** 0.5
+        return {"tolerance/lost": like.new_tensor(lost), "tolerance/dense": like.new_tensor(self.dense / self.rows)}
 
 
 @dataclass(eq=False)
@@ -31,6 +55,7 @@ class Gradients:
     weight: Tensor | None  # [V, H]
     bias: Tensor | None  # [V]
     fresh: bool  # weight and bias hold nothing yet, not even zeros
+    losses: Losses = field(default_factory=lambda: Losses())
 
     @staticmethod
     def of(call: Call, wanted: tuple[bool, bool, bool]) -> Gradients:
@@ -133,14 +158,34 @@ class Span:
             if some is not None:  # nothing is remembered, so only the rows that matter are computed again
                 tile, some, grads = call.tile(a, b, chosen), None, grads.each(lambda g: g[chosen])
             stats, residual = call.backend.forward(tile)
-        out, direct = None, call.kept.index is None and chosen is None
+
+        def dense(rows: Tensor | None) -> Callable[[Sinks], None]:
+            return lambda sinks: call.backend.backward(tile, residual, stats, grads, rows, sinks)
+
+        if call.tolerance is None:
+            return self._leave(a, b, chosen, into, dense(some))
+        backend = cast(SparseBackend, call.backend)
+        entries = backend.select(tile, residual, stats, grads, some, call.tolerance)
+        into.losses.add(entries)
+        whose = chosen if some is None else None  # the rows of a tile that was cut out of the piece
+        for rows, work in (
+            (entries.others, dense(entries.others)),
+            (entries.rows, lambda sinks: backend.multiply(tile, entries, sinks)),
+        ):
+            if rows.numel():
+                self._leave(a, b, rows if whose is None else whose[rows], into, work)
+
+    def _leave(self, a: int, b: int, rows: Tensor | None, into: Gradients, work: Callable[[Sinks], None]) -> None:
+        """Have the gradients of some rows of a..b (None: all) made, and put them where they belong."""
+        kept, out = self.call.kept, None
+        direct = kept.index is None and rows is None
         if into.hidden is not None:
-            count = b - a if chosen is None else chosen.numel()
+            count = b - a if rows is None else rows.numel()
             out = into.hidden[a:b] if direct else into.hidden.new_empty(count, into.hidden.shape[1])
-        call.backend.backward(tile, residual, stats, grads, some, Sinks(out, into.weight, into.bias, into.fresh))
+        work(Sinks(out, into.weight, into.bias, into.fresh))
         into.fresh = False
         if into.hidden is not None and out is not None and not direct:
-            call.kept.put(out, a, into.hidden, chosen)
+            kept.put(out, a, into.hidden, rows)
 
 
 def _active(grads: Grads) -> Tensor | None:

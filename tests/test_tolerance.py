@@ -1,0 +1,227 @@
+"""``tolerance``: what may be left out of the gradient is bounded, and the bound is never broken."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import PAIRS, check, make_problem, ref_logp, rollout
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import rlhf_kernels as rk
+from rlhf_kernels import reference
+
+V = 640  # columns of an identity head: the gradient of its hidden states is that of the logits
+
+
+def gradients(z: Tensor, targets: Tensor, upstream: dict[str, Tensor], **options) -> Tensor:
+    """[n, V] gradient of the logits, through an identity head."""
+    x = z.clone().requires_grad_()
+    stats = rk.token_stats(x, torch.eye(z.shape[1], dtype=z.dtype), targets, **options)
+    torch.stack([(getattr(stats, name) * g).sum() for name, g in upstream.items()]).sum().backward()
+    assert x.grad is not None
+    return x.grad.double()
+
+
+def true_gradients(z: Tensor, targets: Tensor, upstream: dict[str, Tensor]) -> Tensor:
+    x = z.double().requires_grad_()
+    stats = reference.token_stats(x, torch.eye(z.shape[1], dtype=torch.float64), targets)
+    torch.stack([(getattr(stats, name) * g.double()).sum() for name, g in upstream.items()]).sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def drawn(kind: str, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows of logits that make it hard: [n, V] and [n] targets."""
+    rng = torch.Generator().manual_seed(seed)
+    z, targets = torch.randn(n, V, generator=rng), torch.randint(V, (n,), generator=rng)
+    if kind == "peaked":
+        z[torch.arange(n), torch.randint(V, (n,), generator=rng)] += 12 * torch.rand(n, generator=rng)
+    elif kind == "certain":
+        z[torch.arange(n), targets] += 20 + 20 * torch.rand(n, generator=rng)
+    elif kind == "flat":
+        z = torch.zeros(n, V)
+    elif kind == "steep":
+        z *= 8
+    elif kind == "steps":  # masses spread evenly below one another, each just under what was allowed before it
+        z = -torch.arange(V).div(V // 12, rounding_mode="floor").float().expand(n, V) * 2.3
+        z = z[:, torch.randperm(V, generator=rng)].contiguous()
+    elif kind == "far":
+        z = z * 3 + 2000
+    return z, targets
+
+
+KINDS = ("plain", "peaked", "certain", "flat", "steep", "steps", "far")
+
+
+def assert_bound(found: Tensor, exact: Tensor, tolerance: float, rounding: float) -> None:
+    """Row by row: what is missing, relative to the row."""
+    lost, norm = (found - exact).norm(dim=1), exact.norm(dim=1)
+    worst = ((lost - rounding * norm) / norm.clamp(min=1e-300))[norm > 0]
+    assert (worst <= tolerance).all(), f"{worst.max():.2e} of a row is missing, {tolerance} was allowed"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tolerance", [1e-3, 2e-2, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_no_row_loses_more_than_allowed(backend, kind, tolerance, dtype):
+    z, targets = drawn(kind, 40, seed=1)
+    z = z.to(dtype)
+    upstream = {"logp": torch.linspace(-2, 2, 40)}
+    exact = true_gradients(z, targets, upstream)
+    dense = gradients(z, targets, upstream, backend=backend)
+    found = gradients(z, targets, upstream, backend=backend, tolerance=tolerance)
+    rounding = ((dense - exact).norm(dim=1) / exact.norm(dim=1).clamp(min=1e-300))[exact.norm(dim=1) > 0].max().item()
+    assert_bound(found, exact, tolerance, 2 * rounding)
+    if tolerance == 0.3 and kind not in ("flat", "plain"):  # these keep everything
+        assert (found == 0).float().mean() > 0.1, "nothing was left out: the test proves nothing"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS), seed=st.integers(0, 10**6), tolerance=st.floats(1e-4, 0.9),
+    size=st.sampled_from([1e-18, 1e-6, 1.0, 1e6, 1e18]), name=st.sampled_from(["logp", "entropy", "lse", "mean_logit"]),
+)  # fmt: skip
+@pytest.mark.parametrize("which", ["native", "eager"])
+def test_the_bound_holds_whatever_comes(which, kind, seed, tolerance, size, name):
+    if rk.backends()[which] != "ok":
+        pytest.skip(rk.backends()[which])
+    z, targets = drawn(kind, 6, seed)
+    rng = torch.Generator().manual_seed(seed)
+    upstream = {"logp": size * torch.randn(6, generator=rng), name: size * torch.randn(6, generator=rng)}
+    dense = gradients(z, targets, upstream, backend=which)
+    found = gradients(z, targets, upstream, backend=which, tolerance=tolerance)
+    assert_bound(found, dense, tolerance, 1e-6)
+    kept = found != 0
+    assert torch.equal(found[kept], dense[kept]), "what is kept is what the exact way computes"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["ppo", "dpo"])
+def test_products_of_a_few_entries(backend, name, dtype):
+    """Most columns have no probability at all, so that the few that are left are everything: as exact as ever."""
+    p = make_problem(dtype, seed=71, lengths=PAIRS, silent_sequences=2, scale=1.0)
+    p.targets = p.targets.where(~p.kept, p.targets % 50)
+    p.options["bias"] = torch.where(torch.arange(p.weight.shape[0]) < 50, 0.0, -400.0).to(dtype)
+    loss, oracle, args = {
+        "ppo": (rk.ppo_loss, reference.ppo_loss, rollout(p)),
+        "dpo": (rk.dpo_loss, reference.dpo_loss, (p.cu_seqlens, ref_logp(p))),
+    }[name]
+    check(partial(loss, tolerance=1e-7), oracle, p, *args, backend=backend)
+    out = loss(p.hidden.clone().requires_grad_(), p.weight, p.targets, *args, tolerance=1e-7, backend=backend,
+               bias=p.options["bias"])  # fmt: skip
+    assert out.metrics["tolerance/dense"] == 0
+
+
+def test_metrics_say_what_was_lost(backend):
+    z, targets = drawn("steep", 60, seed=3)
+    z[:7] = 0.0  # flat: these keep everything
+    found = {}
+    for tolerance in (None, 0.01):
+        x = z.clone().requires_grad_()
+        out = rk.sft_loss(x, torch.eye(V), targets, tolerance=tolerance, backend=backend)
+        out.loss.backward()
+        assert x.grad is not None
+        found[tolerance] = (x.grad.double(), out.metrics)
+    (exact, plain), (got, metrics) = found[None], found[0.01]
+    assert not [name for name in plain if name.startswith("tolerance")]
+    lost = ((got - exact).norm() / exact[7:].norm()).item()  # flat rows are not even looked at
+    assert metrics["tolerance/lost"].item() == pytest.approx(lost, rel=1e-3)
+    assert 0 < lost <= 0.01
+    assert metrics["tolerance/dense"].item() == pytest.approx(7 / 60)
+    assert torch.equal(got[:7], exact[:7])
+    with torch.no_grad():
+        quiet = rk.sft_loss(z, torch.eye(V), targets, tolerance=0.01, backend=backend)
+    assert set(quiet.metrics) == set(plain), "no gradient, nothing lost"
+
+
+def test_flat_rows_go_the_exact_way_bit_by_bit(backend):
+    p = make_problem(seed=73, scale=0.01)
+    old, advantages = rollout(p)
+    found = []
+    for tolerance in (None, 1e-4):
+        x, w = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+        rk.ppo_loss(x, w, p.targets, old, advantages, tolerance=tolerance, backend=backend).loss.backward()
+        found.append((x.grad, w.grad))
+    for exact, got in zip(*found, strict=True):
+        assert torch.equal(exact, got)
+
+
+def mixed(p, **options) -> tuple[Tensor, ...]:
+    """Gradients of a call in which some rows are sparse and some are not."""
+    x, w = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+    x.data[::3] *= 0.01
+    out = rk.sft_loss(x, w, p.targets, tolerance=0.01, **options)
+    out.loss.backward()
+    assert 0.2 < out.metrics["tolerance/dense"] < 0.8
+    grads = (options.get("weight_grad", w.grad), x.grad)
+    return tuple(g.clone() for g in grads if g is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_sparse_and_dense_rows_meet(backend, dtype):
+    """In pieces or at once, into a buffer that is full or has gaps: always the same sums."""
+    p = make_problem(dtype, seed=74, scale=6.0, vocab=900, lengths=(40, 40))
+    whole = mixed(p, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(whole, mixed(p, backend=backend), strict=True)), "not repeatable"
+    slack = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    pieces = mixed(p, backend=backend, max_bytes=900 * 8 * 9)
+    full = mixed(p, backend=backend, weight_grad=torch.ones(p.weight.shape))
+    gaps = mixed(p, backend=backend, weight_grad=torch.ones(*p.weight.shape, 2)[..., 0])
+    for other, start in ((pieces, 0.0), (full, 1.0), (gaps, 1.0)):
+        for got, want, base in zip(other, whole, (start, 0.0), strict=True):
+            assert ((got.float() - base) - want.float()).norm() <= slack * want.float().norm()
+
+
+def test_the_number_of_threads_changes_nothing():
+    p = make_problem(seed=75, scale=6.0, vocab=900, lengths=(40, 40), hidden_size=150)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            found.append(mixed(p))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("tight", [False, True])
+def test_statistics_keep_the_bound_when_they_are_computed_again(backend, tight):
+    z, targets = drawn("peaked", 60, seed=5)
+    upstream = {"logp": torch.randn(60, generator=torch.Generator().manual_seed(1))}
+    upstream["logp"][::4] = 0.0
+    options = {"backend": backend, "max_bytes": V * 8 * 9 if tight else None}
+    dense = gradients(z, targets, upstream, **options)
+    found = gradients(z, targets, upstream, **options, tolerance=0.02)
+    assert_bound(found, dense, 0.02, 1e-6)
+    assert (found == 0).sum() > (dense == 0).sum()
+
+
+def test_inside_a_compiled_step():
+    p = make_problem(seed=76, scale=6.0)
+
+    def step(x: Tensor, w: Tensor) -> Tensor:
+        return rk.sft_loss(x, w, p.targets, tolerance=0.05).loss
+
+    found = []
+    for fn in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        x, w = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+        fn(x, w).backward()
+        found.append((x.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("bad", [0, 1, 1.5, -0.1, float("nan"), "0.1", True])
+def test_bad_tolerances(bad):
+    x, w = torch.zeros(2, 3), torch.zeros(4, 3)
+    with pytest.raises((ValueError, TypeError), match="tolerance"):
+        rk.sft_loss(x, w, torch.tensor([0, 1]), tolerance=bad)
+
+
+def test_where_there_is_nothing_to_save():
+    with pytest.raises(ValueError, match=r"tolerance: .*no head"):
+        rk.token_stats_from_logits(torch.zeros(2, 4), torch.tensor([0, 1]), tolerance=0.01)
