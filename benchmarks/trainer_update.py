@@ -1,0 +1,222 @@
+"""A PPO update on a replayed rollout as the trainer makes it, and with a loss that holds all logits.
+
+    python -m benchmarks.trainer_update LOSS SIZE     # prints the peak memory of one update in a process of its own
+
+The losses: `ours`; `materialised`, plain torch over the logits of all tokens; `responses`, the same over those of
+response tokens only; `none`, a mean square of the hidden states, which costs nothing: what the others need beyond it
+is what they cause.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import rlhf_kernels as rk
+from trainer.experience import Experience, in_parts
+from trainer.models import scalar_from
+from trainer.packing import Sample, pack
+from trainer.ppo import PPO, PPOConfig
+from trainer.rl_method import Totals
+from trainer.stage import Optimizer
+from trainer.tiny import tiny_policy, word_tokenizer
+
+ROOT = Path(__file__).parents[1]
+ENTROPY_ROWS = 256
+PolicyLoss = Callable[["World", Experience], rk.LossOutput]
+
+
+class Size(NamedTuple):
+    """Of the batch and of the model."""
+
+    tokens: int
+    length: int  # of each sequence, its prompt included
+    prompt: int
+    vocab: int
+    hidden: int
+    layers: int
+
+
+SIZES = {
+    "real": Size(tokens=8192, length=512, prompt=64, vocab=32000, hidden=256, layers=4),
+    "small": Size(tokens=1024, length=128, prompt=16, vocab=16384, hidden=64, layers=2),
+    "tiny": Size(tokens=256, length=64, prompt=8, vocab=2048, hidden=32, layers=1),
+}
+
+
+class World:
+    """Policy, value model, their optimizers, and a rollout whose every response token has a gradient.
+
+    The learning rate is too small to move the policy, so that no ratio reaches the clip and every update is the first.
+    """
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self.cfg = PPOConfig(data=Path("replayed"), reward="replayed", lr=1e-12, value_lr=1e-12, max_tokens=size.tokens)
+        self.method = PPO(self.cfg)
+        words = [f"w{i}" for i in range(size.vocab - 2)]
+        self.policy = tiny_policy(word_tokenizer(words), 0, hidden=size.hidden, layers=size.layers)
+        self.value = scalar_from(self.policy, torch.Generator().manual_seed(0))
+        self.optimizers = [Optimizer(self.cfg, m, 1000) for m in (self.policy, self.value)]
+        self.rollout = self._replayed(size.tokens)
+
+    def _replayed(self, tokens: int) -> Experience:
+        size, source = self.size, torch.Generator().manual_seed(1)
+        ids = torch.randint(2, size.vocab, (tokens // size.length, size.length), generator=source).tolist()
+        packed = pack([Sample(row, size.prompt) for row in ids])
+        with torch.no_grad():  # in small parts, so that making the batch needs less than learning from it
+            logp, values = in_parts(packed, 512, lambda p: (self.policy.stats(p).logp, self.value.values(p)))
+        n, mask = len(packed.input_ids), packed.mask
+
+        def noise(scale: float) -> Tensor:
+            return torch.randn(n, generator=source).mul(scale).clamp(-2 * scale, 2 * scale).where(mask, 0.0)
+
+        return Experience(
+            packed, old_logp=logp + noise(0.05), ref_logp=logp, entropy=torch.zeros(n),
+            scores=torch.zeros(len(ids)), truncated=torch.zeros(len(ids), dtype=torch.bool), values=values,
+            advantages=noise(1.0), returns=values + noise(1.0),
+        )  # fmt: skip
+
+    def totals(self, batch: Experience) -> Totals:
+        return Totals(int(batch.packed.mask.sum()), len(batch.scores))
+
+    def update(self, loss: PolicyLoss, batch: Experience | None = None) -> tuple[float, float]:
+        """One optimizer step of the policy and one of the value model, as the loop takes them; seconds of each."""
+        batch = self.rollout if batch is None else batch
+        totals, start = self.totals(batch), time.perf_counter()
+        parts = batch.parts(range(len(batch.scores)), self.cfg.max_tokens)
+        weights = [int(p.packed.mask.sum()) for p in parts]
+        self.optimizers[0].step(parts, lambda part: loss(self, part), weights)
+        middle = time.perf_counter()
+        self.optimizers[1].step(parts, lambda part: self.method.value_loss(self.value, part, totals), weights)
+        return middle - start, time.perf_counter() - middle
+
+    def gradient(self, loss: PolicyLoss) -> tuple[float, Tensor]:
+        """Loss and the policy's gradient, in a row."""
+        out = loss(self, self.rollout)
+        out.loss.backward()
+        flat = torch.cat([p.grad.flatten() for p in self.policy.parameters() if p.grad is not None])
+        self.policy.zero_grad()
+        return float(out.loss.detach()), flat
+
+
+def ours(world: World, part: Experience) -> rk.LossOutput:
+    """What the trainer does."""
+    return world.method.policy_loss(world.policy, part, world.totals(world.rollout), 0.0)
+
+
+def materialised(world: World, part: Experience) -> rk.LossOutput:
+    """The same loss and metrics in plain torch: one log-softmax is all that backward remembers."""
+    mask = part.packed.mask
+    logp_all = world.policy.logits(world.policy.hidden(part.packed)).log_softmax(-1)
+    logp = logp_all.gather(1, part.packed.targets.where(mask, 0)[:, None]).squeeze(1)
+    return _clipped(world, part, logp[mask], _entropy(logp_all)[mask])
+
+
+def responses(world: World, part: Experience) -> rk.LossOutput:
+    """As lean as that gets: prompts never meet the head."""
+    mask = part.packed.mask
+    logp_all = world.policy.logits(world.policy.hidden(part.packed)[mask]).log_softmax(-1)
+    logp = logp_all.gather(1, part.packed.targets[mask][:, None]).squeeze(1)
+    return _clipped(world, part, logp, _entropy(logp_all))
+
+
+@torch.no_grad()
+def _entropy(logp_all: Tensor) -> Tensor:
+    """A metric, and therefore taken in small parts."""
+    return torch.cat([-(x.exp() * x).sum(-1) for x in logp_all.split(ENTROPY_ROWS)])
+
+
+def _clipped(world: World, part: Experience, logp: Tensor, entropy: Tensor) -> rk.LossOutput:
+    cfg, mask = world.cfg, part.packed.mask
+    assert part.advantages is not None
+    log_ratio, advantages = logp - part.old_logp[mask], part.advantages[mask]
+    ratio = log_ratio.exp()
+    low, high = 1 - cfg.clip[0], 1 + cfg.clip[1]
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
+    with torch.no_grad():
+        clipped = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
+        metrics = {
+            "approx_kl": (ratio - 1 - log_ratio).mean(), "clipfrac": clipped.float().mean(), "ratio": ratio.mean(),
+            "entropy": entropy.mean(),
+        }  # fmt: skip
+    return rk.LossOutput(loss.sum() / world.totals(world.rollout).tokens, metrics)
+
+
+def none(world: World, part: Experience) -> rk.LossOutput:
+    """No head at all."""
+    return rk.LossOutput(world.policy.hidden(part.packed).square().mean(), {})
+
+
+LOSSES: dict[str, PolicyLoss] = {"ours": ours, "materialised": materialised, "responses": responses, "none": none}
+
+
+class Peak(NamedTuple):
+    """Resident bytes of one update at its highest."""
+
+    total: int  # beyond the interpreter and its libraries: weights, optimizer states, gradients, activations, loss
+    process: int  # all of it
+
+
+def peak(loss: str, size: str, threads: int, *, live: bool) -> Peak:
+    """Of one update elsewhere.
+
+    Args:
+        loss: One of ``LOSSES``.
+        size: One of ``SIZES``.
+        threads: Of torch.
+        live: Let glibc give freed blocks back at once, so that resident memory is memory in use, and the same in every
+            run; otherwise it keeps some for later, more or less of them as it happens.
+
+    Raises:
+        RuntimeError: the other process failed; the message is its last line.
+    """
+    command = [sys.executable, "-m", "benchmarks.trainer_update", loss, size, "--threads", str(threads)]
+    env = os.environ | (dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536") if live else {})
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, env=env)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return Peak(*json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def _measured(loss: str, size: Size) -> Peak:
+    base = _resident("VmRSS")
+    world = World(size)
+    # States of Adam and workspaces of threads exist before the update that counts, whatever its loss.
+    world.update(ours, world.rollout.select([0]))
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")
+    world.update(LOSSES[loss])
+    highest = _resident("VmHWM")
+    return Peak(highest - base, highest)
+
+
+def _resident(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith(f"{field}:"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("loss", choices=LOSSES)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    print(json.dumps(_measured(given.loss, SIZES[given.size])))
+
+
+if __name__ == "__main__":
+    main()
