@@ -24,7 +24,7 @@ def world(path: Path, policy: Policy | None = None) -> dict[str, Any]:
     data = write(path / "prompts.jsonl", ({"prompt": " ".join(source.sample(LETTERS, 2))} for _ in range(10)))
     return {
         "model": str(path), "data": data, "out": path / "out", "reward": f"{HERE}:share_of_a", "steps": 2,
-        "batch_size": 10, "max_new_tokens": 8, "quiet": True,
+        "batch_size": 10, "max_new_tokens": 8, "truncation_score": -2.0, "quiet": True,
     }  # fmt: skip
 
 

@@ -144,7 +144,10 @@ def test_tasks_count_right_answers(world: EvalConfig, tmp_path: Path) -> None:
         ({"data": None, "judge": None}, "nothing to evaluate on"),
         ({"judge": None}, "judge: goes with data"),
         ({"judge": "compare:x:y", "base": None}, "base: a judge that compares"),
-        ({"judge": "compare:tests.test_eval_stage:nobody"}, "want compare:module:function"),
+        (
+            {"judge": "compare:tests.test_eval_stage:nobody"},
+            "want a reward model's folder or module:function, compare:",
+        ),
         ({"judge": "nowhere:nobody"}, "want a reward model's folder or module:function"),
         ({"prompts": 0}, "prompts: got 0"),
         ({"temperature": -1.0}, "temperature: got -1.0"),

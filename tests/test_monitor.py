@@ -18,8 +18,10 @@ from tests.trainer_worlds import LETTERS, lines, small_policy, write
 from trainer import ppo, probes, report
 from trainer.log import RunLog
 from trainer.monitor import Monitor, Samples, Thresholds
+from trainer.monitor_rules import thresholds_from
 from trainer.monitor_signals import distinct_n, of_log, of_samples, regression
 from trainer.probes import Probes, read_probes, sycophancy
+from trainer.rl_config import check
 
 SERIES = Path(__file__).parent / "data" / "monitor_series.jsonl"
 
@@ -201,7 +203,7 @@ def rollouts(path: Path, **options: Any) -> ppo.PPOConfig:
     data = write(path / "prompts.jsonl", ({"prompt": " ".join(source.sample(LETTERS, 2))} for _ in range(8)))
     return ppo.PPOConfig(
         model=str(path), data=data, out=path / "out", reward="tests.trainer_worlds:share_of_a", steps=3, batch_size=8,
-        max_new_tokens=1, quiet=True, **options,
+        max_new_tokens=1, truncation_score=-2.0, quiet=True, **options,
     )  # fmt: skip
 
 
@@ -219,6 +221,24 @@ def test_what_an_alarm_does_to_a_run(tmp_path: Path, act: str, updates: int, coe
     page = report.write(cfg.out).read_text(encoding="utf-8")
     assert "Alarm in ppo, update 1: truncation" in page
     assert "Raise max_new_tokens" in page
+
+
+def test_thresholds_can_be_named(tmp_path: Path) -> None:
+    """As the command line and recipes give them. The entropy of this run stays as it is, which is now too little."""
+    calm = rollouts(tmp_path, thresholds=("entropy=2", "patience=1"))
+    ppo.train(calm, RunLog(calm.out, quiet=True))
+    named = [alarm["name"] for alarm in lines(calm.out / "alarms.jsonl")]
+    assert sorted(named) == ["collapse", "truncation"]
+    assert thresholds_from(()) == Thresholds()
+    for bad, message in (
+        ("kl=3", "thresholds: unknown option 'kl'; "),
+        ("kl_per_sec=3", "did you mean 'kl_per_seq'?"),
+        ("window=2.5", "thresholds: got window=2.5, want NAME=NUMBER"),
+        ("kl_growth", "thresholds: got kl_growth, want NAME=NUMBER"),
+        ("kl_growth=-1", "kl_growth: got -1.0, want a positive number"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check(rollouts(tmp_path, thresholds=(bad,)))
 
 
 def test_held_out_text_and_probes_are_watched(tmp_path: Path):

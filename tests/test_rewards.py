@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.rl_worlds import world
 from tests.trainer_worlds import lines, small_policy, small_scalar
 from trainer import grpo, ppo, reward_http
-from trainer.aspects import Rewards, aspects_of
+from trainer.aspects import Rewards, aspects_of, truncation_score
 from trainer.models import ScalarModel
 from trainer.packing import Sample, pack
 from trainer.reward_compare import by_comparison
@@ -189,12 +189,23 @@ SCORES, LENGTHS, CUT = (
         ({"eos_bonus": 1.0}, [5.0, 0.0, 2.0]),
         ({"overlong_tokens": 4}, [4.0, -1.5, 1.0]),
         ({"truncation": "penalise", "truncation_score": -7.0}, [4.0, -1.0, -7.0]),
+        ({"truncation": "penalise"}, [4.0, -1.0, -1.0]),
         ({"reward_per_token": True, "length_coef": 1.0, "eos_bonus": 1.0}, [6.0, 8.875, 10.2]),
     ],
 )
 def test_shaping_by_hand(option: dict[str, Any], wanted: list[float]) -> None:
     cfg = options(**{"truncation": "keep", "max_new_tokens": 10, **option})
     torch.testing.assert_close(shaped(cfg, SCORES, LENGTHS, CUT), torch.tensor(wanted))
+
+
+def test_what_a_cut_response_scores_is_known_of_reward_models_alone(tmp_path: Path) -> None:
+    small_scalar().save(tmp_path / "model")
+    function = f"{HERE}:words"
+    for reward, given, wanted in (
+        (str(tmp_path), None, -2.0), (f"a={tmp_path},{tmp_path}@0.5", None, -2.0), (str(tmp_path), -1.0, -1.0),
+        (function, None, None), (("a=" + str(tmp_path), "b=" + function), None, None), (function, 0.5, 0.5),
+    ):  # fmt: skip
+        assert truncation_score(options(reward=reward, truncation_score=given)) == wanted
 
 
 def test_an_aspect_stays_in_its_range() -> None:

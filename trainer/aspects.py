@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.rewards import Reward, reward_from
+from trainer.rewards import Reward, is_model, reward_from
 from trainer.rollout import Rollout
 from trainer.shaping import RewardOptions, combined, ranged
 
+WORST = -2.0  # of normalised scores
 ITEM = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sources>.+?)(?:@(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?))?")
 
 
@@ -57,6 +58,17 @@ def aspects_of(reward: str | Sequence[str]) -> list[Aspect]:
     if len(set(names)) < len(names):
         raise ValueError(f"reward: got the names {', '.join(names)}, want each once")
     return found
+
+
+def truncation_score(cfg: RewardOptions) -> float | None:
+    """The fixed score of truncated responses; None is the lowest score of their rollout.
+
+    Reward models give deviations from the mean of the policy that they were made for; of a function's scale nothing is
+    known, and a fixed number could outweigh everything that it has to say.
+    """
+    sources = [source for aspect in aspects_of(cfg.reward) for source in aspect.sources]
+    known = cfg.truncation_score is not None or not all(map(is_model, sources))
+    return cfg.truncation_score if known else WORST
 
 
 class Rewards:

@@ -48,6 +48,7 @@ STAGES = {
     "kto": Stage("trainer.kto", "KTOConfig", "train", "on single replies, each labelled desirable or not"),
     "orpo": Stage("trainer.pairs", "ORPOConfig", "orpo", "preferences and demonstrations at once, no reference"),
     "simpo": Stage("trainer.pairs", "SimPOConfig", "simpo", "on pairs, by mean log-probability, no reference"),
+    "split": Stage("trainer.split", "SplitConfig", "run", "two files out of one: what to train on, and what not"),
     "eval": Stage("trainer.evaluation", "EvalConfig", "run", "win rate, held-out loss and tasks, before and after"),
 }
 TOOLS = {
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exception: Anything that is not the user's mistake keeps its traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for module:function in the folder where the command is given
     try:
         return _main(argv)
     except KeyboardInterrupt:
@@ -107,14 +110,16 @@ def _main(argv: list[str]) -> int:
         print(_help())
         return 0 if argv else USAGE_ERROR
     if argv[0] == "--version":
-        print(_version())
+        print(version())
         return 0
     name, *rest = argv
     if name in ("report", "resume"):
         return {"report": _report, "resume": _resume}[name](rest)
+    if name == "pipeline":
+        return importlib.import_module("trainer.pipeline").main(rest)
     if name in TOOLS:
         return _tool(name, rest)
-    config_file.check_names([name], [*STAGES, *TOOLS, "report", "resume"], PROG)
+    config_file.check_names([name], [*STAGES, *TOOLS, "report", "resume", "pipeline"], PROG)
     return _run(name, rest)
 
 
@@ -134,12 +139,12 @@ def _run(name: str, argv: list[str]) -> int:
         raise ValueError(f"--config: {common.config} is a recipe for {of}, not for {name}")
     threads = recipe.pop("threads", None) if common.threads is None else common.threads
     stage, module = _load(name, threads, flags, recipe)
-    config = _parse(name, getattr(module, stage.config), recipe, flags, common.config)
+    config = parse(name, getattr(module, stage.config), recipe, flags, common.config)
     out = Path(getattr(config, OUT))
     provenance = _provenance(name, argv, config)
     log.claim(out, overwrite=common.overwrite)
     config_file.write_resolved(out, config, provenance, {"stage": name, "threads": used_threads()})
-    return _train(name, getattr(module, stage.run), config, out)
+    return _train_alone(name, getattr(module, stage.run), config)
 
 
 def _resume(argv: list[str]) -> int:
@@ -152,6 +157,9 @@ def _resume(argv: list[str]) -> int:
     out, flags = (found := parser.parse_known_args(argv))[0].run.absolute(), found[1]
     if not (out / config_file.RESOLVED).is_file():
         raise ValueError(f"resume: {out} holds no run: there is no {config_file.RESOLVED} in it")
+    pipeline = importlib.import_module("trainer.pipeline")
+    if pipeline.planned(out):
+        return pipeline.main([str(out / config_file.RESOLVED), "--out", str(out), *flags])
     recipe = config_file.load(out / config_file.RESOLVED)
     name = recipe.pop("stage", None)
     if name not in STAGES:
@@ -160,11 +168,11 @@ def _resume(argv: list[str]) -> int:
         print(f"{out} holds a finished run: nothing to resume")
         return 0
     stage, module = _load(name, recipe.pop("threads", None), flags, recipe)
-    if not _resumable(run := getattr(module, stage.run)):
+    if not resumable(run := getattr(module, stage.run)):
         raise ValueError(f"resume: a run of {name} cannot be resumed; start it again with --overwrite")
     recipe[OUT] = str(out)
-    config = _parse(name, getattr(module, stage.config), recipe, flags, str(out / config_file.RESOLVED))
-    return _train(name, run, config, out, resume=True)
+    config = parse(name, getattr(module, stage.config), recipe, flags, str(out / config_file.RESOLVED))
+    return _train_alone(name, run, config, resume=True)
 
 
 def _load(name: str, threads: int | None, flags: list[str], recipe: dict[str, Any]) -> tuple[Stage, Any]:
@@ -176,22 +184,29 @@ def _load(name: str, threads: int | None, flags: list[str], recipe: dict[str, An
     return STAGES[name], module
 
 
-def _train(name: str, run: Any, config: Any, out: Path, **options: Any) -> int:
-    """The run itself, a summary where it leaves none, and the report."""
-    began = time.monotonic()
+def _train_alone(name: str, run: Any, config: Any, **options: Any) -> int:
+    """A run, and how to go on with it where it stops."""
+    out = Path(getattr(config, OUT))
     try:
-        run(config, **options)
+        train(name, run, config, **options)
     except BaseException:
         if log.has_checkpoints(out):
             print(f"{PROG}: go on with: {PROG} resume {shlex.quote(str(out))}", file=sys.stderr)
         raise
-    if not (out / log.SUMMARY).exists():
-        log.RunLog(out, quiet=True).summary({"stage": name, "seconds": round(time.monotonic() - began, 1)})
-    print(f"report: {report.write(out)}")
     return 0
 
 
-def _resumable(run: Any) -> bool:
+def train(name: str, run: Any, config: Any, **options: Any) -> None:
+    """The run itself, a summary where it leaves none, and the report."""
+    began, out = time.monotonic(), Path(getattr(config, OUT))
+    run(config, **options)
+    if not (out / log.SUMMARY).exists():
+        log.RunLog(out, quiet=True).summary({"stage": name, "seconds": round(time.monotonic() - began, 1)})
+    print(f"report: {report.write(out)}")
+
+
+def resumable(run: Any) -> bool:
+    """Whether a stage can go on from a checkpoint."""
     return "resume" in inspect.signature(run).parameters
 
 
@@ -204,10 +219,13 @@ def _common_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def _parse(name: str, config_class: type, recipe: dict, flags: list[str], source: str | None) -> Any:
+def parse(
+    name: str, config_class: type, recipe: dict, flags: list[str], source: str | None, *, about: str | None = None
+) -> Any:
+    """A stage's config out of a recipe and flags, which win; tyro says what is wrong with a value, and exits."""
     import tyro
 
-    about = f"{STAGES[name].about}\n\n{COMMON}"
+    about = f"{about or STAGES[name].about}\n\n{COMMON}"
     config_file.check_names(recipe, [f.name for f in dataclasses.fields(config_class)], f"--config {source}")
     argv = config_file.as_flags(recipe, flags) + flags
     return tyro.cli(config_class, args=argv, prog=f"{PROG} {name}", description=about)
@@ -219,7 +237,7 @@ def _provenance(name: str, argv: list[str], config: Any) -> list[str]:
     Raises:
         FileNotFoundError: A data file does not exist; better now than after an earlier run was cleared away.
     """
-    lines = [f"{PROG} {name} {shlex.join(argv)}".rstrip(), f"{_version()}, python {platform.python_version()}"]
+    lines = [f"{PROG} {name} {shlex.join(argv)}".rstrip(), f"{version()}, python {platform.python_version()}"]
     for option, value in config_file.plain(config).items():
         if (option == "data" or option.endswith("_data")) and value is not None:
             lines.append(f"{option}: sha256 {data_file.sha256(value)}")
@@ -233,7 +251,8 @@ def _report(argv: list[str]) -> int:
     return 0
 
 
-def _version() -> str:
+def version() -> str:
+    """Of the packages that decide what a run computes, in one line."""
     return ", ".join(f"{name} {version}" for name, version in config_file.versions().items())
 
 
@@ -245,6 +264,7 @@ def _help() -> str:
 
 stages:
 {stages}
+  pipeline several of these from one recipe: {PROG} pipeline RECIPE
   resume   go on with a run that was stopped: {PROG} resume RUN
   report   write report.html again from a run folder
 {tools}
@@ -253,4 +273,5 @@ stages:
 
 start here:
   {PROG} demo
+  {PROG} pipeline gsm8k --set data=FOLDER
   {PROG} sft --model MODEL --data demonstrations.jsonl --out runs/sft"""

@@ -101,10 +101,14 @@ def write_resolved(
 
     path = Path(out_dir) / RESOLVED
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {f.name: _plain(_absolute(getattr(config, f.name))) for f in dataclasses.fields(config)}
-    body = yaml.safe_dump({**(header or {}), **options}, sort_keys=False, allow_unicode=True)
+    body = yaml.safe_dump({**(header or {}), **resolved(config)}, sort_keys=False, allow_unicode=True)
     path.write_text("".join(f"# {line}\n" for line in comments) + body, encoding="utf-8")
     return path
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """Every option of a flat dataclass as YAML holds it; names of files and folders mean the same anywhere."""
+    return {f.name: _plain(_absolute(getattr(config, f.name))) for f in dataclasses.fields(config)}
 
 
 def model_folder(name: str) -> Path | None:

@@ -73,7 +73,7 @@ def run(cfg: EvalConfig, log: RunLog | None = None) -> dict[str, Any]:
     Raises:
         ValueError: The configuration asks for nothing, or names what does not exist.
     """
-    _check(cfg)
+    check(cfg)
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
     log = log or RunLog(cfg.out, quiet=cfg.quiet)
     named = {"base": cfg.base, "policy": cfg.model} if cfg.base else {"policy": cfg.model}
@@ -97,7 +97,12 @@ def run(cfg: EvalConfig, log: RunLog | None = None) -> dict[str, Any]:
     return summary
 
 
-def _check(cfg: EvalConfig) -> None:
+def check(cfg: EvalConfig) -> None:
+    """Refuses what has no meaning.
+
+    Raises:
+        ValueError: Names the option, what it got and what it wants.
+    """
     if cfg.data is None and cfg.lm_data is None and not cfg.tasks:
         raise ValueError("data, lm_data, tasks: want at least one of them, there is nothing to evaluate on")
     if (cfg.data is None) != (cfg.judge is None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 
 from trainer.evaluate import Estimate, mean, win_rate
-from trainer.reward_compare import COMPARE, Compare
-from trainer.rewards import Reward, reward_from
+from trainer.reward_compare import COMPARE, Compare, both_ways
+from trainer.rewards import Reward, function_of, reward_from
 from trainer.rollout import Rollout
 
 
@@ -63,18 +62,8 @@ class Judge:
         if ours is not None and others is not None:
             return win_rate(ours, others)
         prompts = [r["prompt"] for r in mine.records]
-        ahead, behind = self._asked(prompts, mine.texts, theirs.texts), self._asked(prompts, theirs.texts, mine.texts)
-        return mean([(a + 1 - b) / 2 for a, b in zip(ahead, behind, strict=True)])
-
-    def _asked(self, prompts: list[str], first: list[str], second: list[str]) -> list[float]:
         assert self.compare is not None
-        said = [float(x) for x in self.compare(prompts, first, second)]
-        if len(said) != len(prompts):
-            raise ValueError(f"judge: gave {len(said)} answers for {len(prompts)} pairs of responses")
-        for prompt, x in zip(prompts, said, strict=True):
-            if not 0 <= x <= 1:
-                raise ValueError(f"judge: gave {x} for the prompt {prompt!r:.80}, want a number from 0 to 1")
-        return said
+        return mean(both_ways(self.compare, prompts, mine.texts, theirs.texts))
 
 
 def judge_from(name: str, *, max_length: int, max_tokens: int, device: torch.device) -> Judge:
@@ -94,8 +83,4 @@ def judge_from(name: str, *, max_length: int, max_tokens: int, device: torch.dev
             lambda tokenizer: reward_from(name, tokenizer, max_length=max_length, max_tokens=max_tokens, device=device),
             None,
         )
-    module, _, function = name.removeprefix(COMPARE).rpartition(":")
-    try:
-        return Judge(None, getattr(importlib.import_module(module), function))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"judge: got {name!r}, want compare:module:function ({error})") from error
+    return Judge(None, function_of(name))

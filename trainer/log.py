@@ -156,7 +156,7 @@ class RunLog:
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             kept = [line for line in lines if not _is_beyond(line, stage_name, step)]
             if kept != lines:
-                _write_whole(path, b"".join(kept))
+                write_whole(path, b"".join(kept))
         path = self.out_dir / METRICS
         records = map(json.loads, path.read_bytes().splitlines() if path.exists() else [])
         if [r["step"] for r in records if r.get("stage") == stage_name] != list(range(1, step + 1)):
@@ -182,7 +182,7 @@ class RunLog:
             The path of the file.
         """
         text = json.dumps(_jsonable(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        return _write_whole(self.out_dir / SUMMARY, text.encode())
+        return write_whole(self.out_dir / SUMMARY, text.encode())
 
 
 class Bar:
@@ -234,7 +234,7 @@ def _is_beyond(line: bytes, stage_name: str, step: int) -> bool:
         return True
 
 
-def _write_whole(path: Path, contents: bytes) -> Path:
+def write_whole(path: Path, contents: bytes) -> Path:
     """Writes all of a file or nothing."""
     draft = path.with_suffix(".tmp")
     with draft.open("wb") as file:
@@ -243,6 +243,19 @@ def _write_whole(path: Path, contents: bytes) -> Path:
         os.fsync(file.fileno())
     draft.replace(path)
     return path
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a log; none without the file. A line that a crash cut short is skipped."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
 
 
 def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

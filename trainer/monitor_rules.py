@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from trainer.config_file import check_names
 from trainer.monitor_signals import Signals, mean
 
 ALL_CUT_OFF = 0.95
@@ -56,6 +57,26 @@ class Thresholds:
         for name in ("window", "patience"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, want a whole number of updates")
+
+
+def thresholds_from(items: Sequence[str]) -> Thresholds:
+    """Thresholds as the command line takes them, NAME=NUMBER; the others stay as they are.
+
+    Raises:
+        ValueError: There is no such threshold, or it cannot have this value.
+
+    Example:
+        >>> thresholds_from(["kl_per_seq=30", "window=8"]).kl_per_seq
+        30.0
+    """
+    given = {name: value for name, _, value in (item.partition("=") for item in items)}
+    whole = {f.name: f.type == "int" for f in fields(Thresholds)}
+    check_names(given, whole, "thresholds")
+    try:
+        numbers: dict[str, Any] = {name: int(x) if whole[name] else float(x) for name, x in given.items()}
+        return Thresholds(**numbers)
+    except ValueError as error:
+        raise ValueError(f"thresholds: got {' '.join(items)}, want NAME=NUMBER: {error}") from None
 
 
 @dataclass

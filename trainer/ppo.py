@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,7 +17,8 @@ from trainer import rl
 from trainer.aspects import aspects_of
 from trainer.experience import Experience, objective
 from trainer.log import RunLog
-from trainer.models import Policy, ScalarModel, resolve, scalar_from
+from trainer.models import Policy, ScalarModel, scalar_from
+from trainer.rewards import is_model
 from trainer.rl_config import RLConfig
 from trainer.rl_method import Method, Totals, policy_loss
 from trainer.shared_value import SharedValue
@@ -84,8 +84,7 @@ class PPO(Method):
             self.shared = SharedValue(policy)
             return self.shared
         cfg, device, vocabulary = self.cfg, policy.weight.device, policy.tokenizer.get_vocab()
-        sources = [source for aspect in aspects_of(cfg.reward) for source in aspect.sources]
-        rewarding = [s for s in sources if (Path(resolve(s)) / "config.json").exists()]
+        rewarding = [s for aspect in aspects_of(cfg.reward) for s in aspect.sources if is_model(s)]
         start = cfg.value_model or (rewarding[0] if rewarding else cfg.model)
         value = scalar_for(cfg, start, texts, device)
         if value.tokenizer.get_vocab() != vocabulary:  # it reads the policy's token ids

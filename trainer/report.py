@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config_file import RESOLVED
-from trainer.log import ALARMS, METRICS, REPORT, SAMPLES, SUMMARY
+from trainer.log import ALARMS, METRICS, REPORT, SAMPLES, SUMMARY, records
 from trainer.plots import chart
 from trainer.report_panels import PANELS, Curves, leftovers, panel_lines
 from trainer.report_style import STYLE
@@ -52,15 +52,15 @@ def write(out_dir: str | Path) -> Path:
     if not any((folder / name).exists() for name in (METRICS, SUMMARY, SAMPLES)):
         raise ValueError(f"{folder} holds no run: there is no {METRICS}, {SUMMARY} or {SAMPLES} in it")
     summary = _summary(folder / SUMMARY)
-    curves = _curves(_json_lines(folder / METRICS))
+    curves = _curves(records(folder / METRICS))
     resolved = (folder / RESOLVED).read_text(encoding="utf-8") if (folder / RESOLVED).exists() else ""
     stages = list(dict.fromkeys(stage for stage, _ in curves))
     parts = [
         _header(folder, stages, finished=bool(summary)),
-        _verdicts([*summary.pop("verdicts", []), *map(_alarm, _json_lines(folder / ALARMS))]),
+        _verdicts([*summary.pop("verdicts", []), *map(_alarm, records(folder / ALARMS))]),
         _section("Results", tables(summary)),
         _section("Training", _grid(_panels(curves, stages)), "Hover over a curve for its values."),
-        _section("Samples", _samples(_json_lines(folder / SAMPLES))),
+        _section("Samples", _samples(records(folder / SAMPLES))),
         _folded("Every other metric", _grid(_rest(curves, stages))),
         _folded("Configuration", f"<pre>{escape(resolved)}</pre>" if resolved else ""),
     ]
@@ -78,23 +78,10 @@ def _summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a log; a line that a crash cut short is skipped."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
-
-
-def _curves(records: Iterable[Mapping[str, Any]]) -> Curves:
+def _curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
     """Metrics as `{(stage, metric): [(step, value), ...]}`, without what is not a finite number."""
     curves: Curves = defaultdict(list)
-    for record in records:
+    for record in lines:
         stage, step = str(record.get("stage", "run")), record.get("step")
         for name, value in record.items():
             if name not in ("stage", "step") and is_number(step) and is_number(value):

@@ -45,14 +45,29 @@ def by_comparison(
             meetings += [(i, other) for other in others]
         mine, other = [responses[i] for i, _ in meetings], [other for _, other in meetings]
         asked = [prompts[i] for i, _ in meetings]
-        ahead, behind = _answers(compare, asked, mine, other), _answers(compare, asked, other, mine)
         won, met = [0.0] * len(responses), [0] * len(responses)
-        for (i, _), a, b in zip(meetings, ahead, behind, strict=True):
-            won[i] += (a + 1 - b) / 2
+        for (i, _), share in zip(meetings, both_ways(compare, asked, mine, other), strict=True):
+            won[i] += share
             met[i] += 1
         return [w / m for w, m in zip(won, met, strict=True)]
 
     return score
+
+
+def both_ways(compare: Compare, prompts: list[str], first: list[str], second: list[str]) -> list[float]:
+    """How much each first response is preferred, averaged over both orders, because judges favour a place.
+
+    Args:
+        compare: The judge.
+        prompts: One per pair.
+        first: Responses to them.
+        second: Others.
+
+    Raises:
+        ValueError: It gave the wrong number of answers, or one that is no number from 0 to 1.
+    """
+    ahead, behind = _answers(compare, prompts, first, second), _answers(compare, prompts, second, first)
+    return [(a + 1 - b) / 2 for a, b in zip(ahead, behind, strict=True)]
 
 
 def _own(extra: dict[str, Any]) -> list[str]:

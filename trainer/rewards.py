@@ -64,18 +64,27 @@ def reward_from(name: str, tokenizer: Any, *, max_length: int, max_tokens: int, 
     if name.startswith(("http://", "https://")):
         return _from_function(endpoint(name), name, tokenizer, alone=False)
     if name.startswith(COMPARE):
-        judge = by_comparison(_function(name.removeprefix(COMPARE), name))
-        return _from_function(judge, name, tokenizer, alone=False)
-    if (Path(resolve(name)) / "config.json").exists():
+        return _from_function(by_comparison(function_of(name)), name, tokenizer, alone=False)
+    if is_model(name):
         model = load_scalar(name).to(device).requires_grad_(False)
         return _from_model(model, name, tokenizer, max_length=max_length, max_tokens=max_tokens, device=device)
-    return _from_function(_function(name, name), name, tokenizer)
+    return _from_function(function_of(name), name, tokenizer)
 
 
-def _function(path: str, name: str) -> Callable[..., Any]:
-    module, _, function = path.rpartition(":")
+def is_model(name: str) -> bool:
+    """Whether a name stands for a reward model on this disk."""
+    return (Path(resolve(name)) / "config.json").exists()
+
+
+def function_of(name: str) -> Callable[..., Any]:
+    """The function of this module, ``module:function`` or ``compare:module:function`` that a name stands for.
+
+    Raises:
+        ValueError: There is none.
+    """
+    module, _, found = name.removeprefix(COMPARE).rpartition(":")
     try:
-        return getattr(importlib.import_module(module or __name__), function)
+        return getattr(importlib.import_module(module or __name__), found)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"reward: got {name!r}, want a reward model's folder or module:function, compare:module:function or an "

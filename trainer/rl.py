@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 import rlhf_kernels as rk
 from trainer import data
-from trainer.aspects import Rewards
+from trainer.aspects import Rewards, truncation_score
 from trainer.chat import render_for
 from trainer.cursor import Cursor
 from trainer.experience import Experience, collect
@@ -68,6 +68,7 @@ class Loop:
 
     def __init__(self, cfg: RLConfig, method: Method, note: Callable[[str], None]) -> None:
         check(cfg)
+        cfg = replace(cfg, truncation_score=truncation_score(cfg))
         self.cfg, self.method, self.device = cfg, method, prepare(cfg)
         self.records = data.read(cfg.data, "prompts", render=render_for(cfg.model), note=note)
         self.texts = [r["prompt"] for r in self.records]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainer import shaping
+from trainer.monitor_rules import thresholds_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,8 @@ class RLConfig(shaping.RewardOptions):
     """Probes for self-praise and sycophancy (docs/monitors.md)."""
     on_alarm: Literal["note", "stop", "raise_kl"] = "note"
     """What an alarm of the monitors does: it is written down, ends the run, or doubles kl_coef."""
+    thresholds: tuple[str, ...] = ()
+    """When alarms are raised, as NAME=NUMBER, e.g. kl_per_seq=30 (docs/monitors.md)."""
 
 
 def check(cfg: RLConfig) -> None:
@@ -76,6 +79,7 @@ def check(cfg: RLConfig) -> None:
         ValueError: Names the option, what it got and what it wants.
     """
     shaping.check(cfg)
+    thresholds_from(cfg.thresholds)
     for name in ("max_new_tokens", "epochs", "minibatches", "ptx_batch_size", "eval_every"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name}: got {getattr(cfg, name)}, want at least 1")

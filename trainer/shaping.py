@@ -40,8 +40,9 @@ class RewardOptions(StageConfig):
     """Added to the score of a response that ended by itself."""
     truncation: str = "penalise"
     """What becomes of a response that the limit cut off."""
-    truncation_score: float = -2.0
-    """The fixed score of a penalised one, in the unit of normalised rewards."""
+    truncation_score: float | None = None
+    """The fixed score of a penalised one; by default -2 (deviations) where only reward models judge, otherwise the
+    lowest score of the rollout, since only the author of a function knows its scale."""
     max_new_tokens: int = 64
     """Longest response."""
 
@@ -76,9 +77,9 @@ def shaped(cfg: RewardOptions, scores: Tensor, lengths: Tensor, truncated: Tenso
         truncated: [S] bool.
 
     Example:
-        >>> cfg = RewardOptions(data=None, reward="", length_coef=-0.1, eos_bonus=1.0)  # type: ignore[arg-type]
-        >>> shaped(cfg, torch.ones(2), torch.tensor([5.0, 10.0]), torch.tensor([False, True]))
-        tensor([ 1.5000, -2.0000])
+        >>> cfg = RewardOptions(data=None, reward="f", length_coef=-0.1, eos_bonus=1.0)  # type: ignore[arg-type]
+        >>> shaped(cfg, torch.tensor([1.0, 0.0, 3.0]), torch.tensor([5, 8, 9]), torch.tensor([False, False, True]))
+        tensor([1.5000, 0.2000, 0.2000])
     """
     if cfg.reward_per_token:
         scores = scores / lengths.clamp(min=1)
@@ -89,7 +90,10 @@ def shaped(cfg: RewardOptions, scores: Tensor, lengths: Tensor, truncated: Tenso
         scores = scores - (over / cfg.overlong_tokens).clamp(0, 1)
     if cfg.eos_bonus:
         scores = scores + cfg.eos_bonus * (~truncated).to(scores.dtype)
-    return torch.where(truncated, cfg.truncation_score, scores) if cfg.truncation == "penalise" else scores
+    if cfg.truncation != "penalise":
+        return scores
+    worst = scores.min() if cfg.truncation_score is None else cfg.truncation_score
+    return torch.where(truncated, worst, scores)
 
 
 def check(cfg: RewardOptions) -> None:

@@ -168,8 +168,12 @@ class Optimizer:
         )
 
 
-def prepare(cfg: StageConfig) -> torch.device:
-    """Checks the configuration, seeds every generator and picks the device."""
+def check(cfg: StageConfig) -> None:
+    """Refuses numbers without a meaning.
+
+    Raises:
+        ValueError: Names the option, what it got and what it wants.
+    """
     for name in ("steps", "batch_size", "max_tokens", "max_length", "keep_last"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name}: got {getattr(cfg, name)}, want at least 1")
@@ -177,6 +181,11 @@ def prepare(cfg: StageConfig) -> torch.device:
         raise ValueError(f"save_every: got {cfg.save_every}, want at least 1, or None")
     if not cfg.lr > 0:
         raise ValueError(f"lr: got {cfg.lr}, want a positive number")
+
+
+def prepare(cfg: StageConfig) -> torch.device:
+    """Checks the configuration, seeds every generator and picks the device."""
+    check(cfg)
     random.seed(cfg.seed)
     np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)

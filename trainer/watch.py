@@ -15,6 +15,7 @@ from trainer.kl import KLController
 from trainer.log import ALARMS, RunLog
 from trainer.models import Policy
 from trainer.monitor import Alarm, Monitor, Samples
+from trainer.monitor_rules import thresholds_from
 from trainer.probes import Probes, read_probes, sycophancy
 from trainer.rewards import Reward, responses_of, reward_from
 from trainer.rollout import Rollout
@@ -48,7 +49,7 @@ class Watch:
 
     def monitor(self) -> Monitor:
         """A new one; it belongs into the state of the run."""
-        return Monitor(patterns=self.probes.patterns)
+        return Monitor(thresholds_from(self.cfg.thresholds), self.probes.patterns)
 
     def shown(self, reward: Reward, monitor: Monitor) -> Reward:
         """The same reward, with the monitor looking over its shoulder."""

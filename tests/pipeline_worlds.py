@@ -1,0 +1,34 @@
+"""A recipe of several stages over the small world of ``fault_worlds``, and a power cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SHORT = {"batch_size": 4, "max_tokens": 40, "warmup_steps": 2, "save_every": 1, "quiet": True}
+RL = {"data": "${world}/prompts.jsonl", "reward": "tests.fault_worlds:early_letters", "max_new_tokens": 4, "steps": 1}
+STAGES: dict[str, dict[str, Any]] = {
+    "facts": {"stage": "inspect", "data": "${world}/ranked.jsonl", "quiet": True},
+    "split": {"data": "${world}/sft.jsonl", "held_out": 0.4, "quiet": True},
+    "sft": {"model": "${world}/base", "data": "${split}/train.jsonl", "steps": 2, **SHORT},
+    "reward": {"model": "${sft}", "data": "${world}/ranked.jsonl", "steps": 2, "calibration_new_tokens": 4, **SHORT},
+    "ppo": {"model": "${sft}", **RL, **SHORT, "reward": ["helpful=${reward}", "brief=" + str(RL["reward"])]},
+    "group": {"stage": "grpo", "model": "${sft}", **RL, **SHORT, "num_generations": 2},
+    "after": {
+        "stage": "eval", "model": "${group}", "base": "${sft}", "data": "${split}/held_out.jsonl", "judge": "${reward}",
+        "max_new_tokens": 4, "quiet": True,
+    },
+}  # fmt: skip
+
+
+class Cut(BaseException):
+    """The power fails: no handler of ours may save anything on the way out."""
+
+
+def written(path: Path, stages: dict[str, Any], **more: Any) -> Path:
+    """The recipe as a file; its variable ``world`` is the folder of that name beside it."""
+    text = yaml.safe_dump({"vars": {"world": str(path / "world")}, "stages": stages, **more}, sort_keys=False)
+    (path / "recipe.yaml").write_text(text)
+    return path / "recipe.yaml"

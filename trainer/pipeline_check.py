@@ -1,0 +1,125 @@
+"""Everything about a recipe's stages that can be wrong before the first of them has begun."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import evaluation, preference, rewards, split, stage
+from trainer.aspects import aspects_of
+from trainer.config_file import model_folder
+from trainer.data_file import sha256
+from trainer.evaluation import EvalConfig
+from trainer.grpo import GRPO, GRPOConfig
+from trainer.ppo import PPO, PPOConfig
+from trainer.preference import PreferenceConfig
+from trainer.rl_config import RLConfig
+from trainer.rl_config import check as check_rl
+from trainer.split import SplitConfig
+from trainer.stage import StageConfig
+
+if TYPE_CHECKING:
+    from trainer.pipeline import Work
+    from trainer.recipe import Recipe
+
+NO_MODEL = ("eval", "inspect", "split")
+MODELS = ("model", "base", "reference", "value_model", "tokenizer")
+LOCAL = ("/", "./", "../", "~")
+
+
+def check(recipe: Recipe, work: Sequence[Work]) -> dict[str, str]:
+    """Looks at every option, file and name.
+
+    Args:
+        recipe: Named in messages.
+        work: Its stages with their configs.
+
+    Returns:
+        The sha256 of every data file that is there before the first stage, by `stage.option`.
+
+    Raises:
+        FileNotFoundError: A data file does not exist.
+        ValueError: Anything else that would stop a stage; names it, the option, what it got and what it wants.
+    """
+    inputs: dict[str, str] = {}
+    earlier: dict[str, Work] = {}
+    for w in work:
+        try:
+            inputs |= {f"{w.name}.{option}": sha256(path) for option, path in _files(w.config, earlier)}
+            _models(w.config, earlier)
+            _values(w.config, earlier)
+        except (ValueError, FileNotFoundError) as error:
+            hint = "" if not isinstance(error, FileNotFoundError) else _variables(recipe)
+            raise type(error)(f"{recipe.source}: {w.name}: {error}{hint}") from error
+        earlier[str(w.config.out)] = w
+    return inputs
+
+
+def _variables(recipe: Recipe) -> str:
+    shown = ", ".join(f"{name}={value}" for name, value in recipe.variables.items())
+    return f"; the variables are {shown} (--set NAME=VALUE changes one)" if shown else ""
+
+
+def _files(config: Any, earlier: Mapping[str, Work]) -> Iterator[tuple[str, Path]]:
+    """Options that name files, but for those that an earlier stage will write."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if not isinstance(path, Path) or field.name == "out":
+                continue
+            maker = next((w for folder, w in earlier.items() if Path(folder) in (path, *path.parents)), None)
+            if maker is None:
+                yield field.name + (f" ({path})" if isinstance(value, tuple) else ""), path
+            elif path == maker.config.out:
+                raise ValueError(f"{field.name}: ${{{maker.name}}} is a folder, want a file in it")
+            elif maker.stage == "split" and path.name not in (split.TRAIN, split.HELD_OUT):
+                raise ValueError(
+                    f"{field.name}: got {path.name}, want {split.TRAIN} or {split.HELD_OUT} of {maker.name}"
+                )
+
+
+def _models(config: Any, earlier: Mapping[str, Work]) -> None:
+    """Options that name models: what an earlier stage leaves, a folder that is there, or a name on the hub."""
+    for option in MODELS:
+        value = getattr(config, option, None)
+        if not isinstance(value, str):
+            continue
+        if (maker := earlier.get(value)) is not None and maker.stage in NO_MODEL:
+            raise ValueError(f"{option}: {maker.name} leaves no model, want a stage that trains one")
+        known = value in earlier or any(value.startswith(folder + "/") for folder in earlier)
+        if not known and value.startswith(LOCAL) and model_folder(value) is None:
+            raise ValueError(f"{option}: {value} is not the folder of a model, nor of a run that left one")
+
+
+def _values(config: Any, earlier: Mapping[str, Work]) -> None:
+    """What the stage itself would refuse, and names of functions."""
+    if isinstance(config, StageConfig):
+        stage.check(config)
+    if isinstance(config, PreferenceConfig):
+        preference.check(config)
+    if isinstance(config, RLConfig):
+        check_rl(config)
+        sources = [source for aspect in aspects_of(config.reward) for source in aspect.sources]
+        for source in [*sources, *([config.gold_reward] if config.gold_reward else [])]:
+            _source(source, earlier)
+    if isinstance(config, PPOConfig):
+        PPO(config)
+    if isinstance(config, GRPOConfig):
+        GRPO(config)
+    if isinstance(config, SplitConfig):
+        split.check(config)
+    if isinstance(config, EvalConfig):
+        evaluation.check(config)
+        if config.judge is not None:
+            _source(config.judge, earlier)
+
+
+def _source(name: str, earlier: Mapping[str, Work]) -> None:
+    """A reward or a judge."""
+    maker = earlier.get(name)
+    if maker is not None and maker.stage != "reward":
+        raise ValueError(f"reward: {maker.name} leaves no reward model, want a stage reward")
+    if maker is None and model_folder(name) is None and not name.startswith(("http://", "https://")):
+        rewards.function_of(name)
