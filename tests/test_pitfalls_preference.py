@@ -153,13 +153,13 @@ def labelled(path: Path, count: int) -> Path:
     return write(path, rows)
 
 
-@pytest.mark.parametrize(("scale", "positive"), [(1.5, False), (6.0, True)])
+@pytest.mark.parametrize(("seed", "scale", "positive"), [(8, 1.5, False), (4, 6.0, True)])
 def test_the_kl_of_kto_is_that_of_mismatched_replies_over_the_whole_step(
-    scale: float, positive: bool, world: dict[str, Any], tmp_path: Path
+    seed: int, scale: float, positive: bool, world: dict[str, Any], tmp_path: Path
 ) -> None:
     """Also where micro-batches are small, and never below zero."""
     world["data"] = labelled(tmp_path / "l.jsonl", 12)
-    small_policy(seed=4, scale=scale).save(tmp_path / "other")
+    small_policy(seed=seed, scale=scale).save(tmp_path / "other")
     for budget in (10_000, 20):
         cfg = kto.KTOConfig(**world, reference=str(tmp_path / "other"), max_tokens=budget)
         method = kto.KTO(cfg)
@@ -238,3 +238,15 @@ def test_every_method_runs_from_the_command_line(
     capsys.readouterr()
     assert cli.main([stage, *map(str, flags), "--beta", "0", "--overwrite"]) == 2
     assert "beta: got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes", [(2,) * 9, (1,) * 7, (1, 3, 2), (5, 1, 1, 3), (4, 4)])
+def test_no_reply_is_mismatched_with_its_own_prompt(sizes: tuple[int, ...]) -> None:
+    prompts = [f"prompt {i}" for i, n in enumerate(sizes) for _ in range(n)]
+    random.Random(0).shuffle(prompts)
+    found = [kto._derangement(prompts, seed) for seed in range(20)]
+    for other in found:
+        assert sorted(other) == list(range(len(prompts)))
+        assert all(prompts[i] != prompts[k] for i, k in enumerate(other))
+    assert len({tuple(other) for other in found}) > 1
+    assert sorted(kto._derangement(["one"] * 3, 0)) == [0, 1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,9 @@ def test_pitfall_09_the_controller_follows_the_published_formula(tmp_path: Path)
     fixed = KLController(0.15)
     fixed.update(100.0, 512)
     assert fixed.coef == 0.15
+    for odd in (math.nan, math.inf, -math.inf):
+        control.update(odd, 512)
+    assert control.coef == pytest.approx(beta, rel=1e-12), "what is not a number says nothing"
 
     options = world(tmp_path) | {"steps": 6, "kl_coef": 0.2, "kl_target_per_seq": 0.5, "kl_horizon": 100.0}
     ppo.train(ppo.PPOConfig(**options, lr=1e-2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -28,6 +29,7 @@ from tests.fault_worlds import Stopper, config, finished, stopped_at, train, wor
 from tests.trainer_worlds import lines
 from trainer import cli, sft
 from trainer.checkpoint import Checkpoint, Damaged
+from trainer.fingerprint import inputs
 from trainer.guard import NotFinite
 from trainer.models import load_policy
 from trainer.signals import Interrupted, Terminated, signals
@@ -263,3 +265,14 @@ def test_pitfall_19_code_beside_a_model_is_not_run(path: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_policy(str(model))
     assert not (tmp_path / "ran").exists()
+
+
+def test_pitfall_15_the_code_of_a_reward_is_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home_made.py").write_text("def letters(prompts, responses, **_): return [1.0] * len(responses)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    here = world(tmp_path / "here")
+    cfg = dataclasses.replace(config("ppo", here, tmp_path / "out"), reward="home_made:letters")
+    before = inputs(cfg)
+    assert any("home_made:letters" in name for name in before)
+    (tmp_path / "home_made.py").write_text("def letters(prompts, responses, **_): return [2.0] * len(responses)\n")
+    assert inputs(cfg) != before

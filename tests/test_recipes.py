@@ -50,6 +50,8 @@ BAD: list[tuple[str, dict[str, Any] | None, str]] = [
     ("ppo", {"ptx_data": "${world}/none.jsonl", "ptx_coef": 0.1}, "none.jsonl does not exist"),
     ("sft", {"model": "./nowhere"}, "sft: model: ./nowhere is not the folder of a model"),
     ("sft", {"lr": 0}, "sft: lr: got 0.0, want a positive number"),
+    ("sft", {"lr": "inf"}, "sft: lr: got inf, want a positive number"),
+    ("sft", {"max_grad_norm": 0}, "sft: max_grad_norm: got 0.0, want a positive number"),
     ("group", {"num_generations": 1}, "group: num_generations: got 1, want at least 2"),
     ("group", {"reward": "tests.fault_worlds:late_letters"}, "reward: got 'tests.fault_worlds:late_letters', want"),
     ("group", {"reward": "${sft}"}, "group: reward: sft leaves no reward model"),

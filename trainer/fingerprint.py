@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ FREE = frozenset({"out", "quiet", "save_every", "keep_last"})
 
 
 def inputs(config: Any) -> dict[str, str]:
-    """A sha256 for every option that names a data file or the folder of a model.
+    """A sha256 for every option that names a data file, the folder of a model, or a Python function's file.
 
     Args:
         config: A flat dataclass.
@@ -32,7 +33,7 @@ def inputs(config: Any) -> dict[str, str]:
     for name, value in plain(config).items():
         if name == "out" or value is None:
             continue
-        if name == "data" or name.endswith("_data"):
+        if name in ("data", "probes") or name.endswith("_data"):
             found[name] = sha256(value)
         elif isinstance(value, str) and (folder := model_folder(value)) is not None:
             found[name] = _folder_sha256(folder)
@@ -41,7 +42,21 @@ def inputs(config: Any) -> dict[str, str]:
             for part in {p for text in texts for p in re.split("[=,@]", text)} - {""}:
                 if (folder := model_folder(part)) is not None:
                     found[f"{name} ({part})"] = _folder_sha256(folder)
+                elif (file := _source(part)) is not None:
+                    found[f"{name} ({part})"] = sha256(file)
     return found
+
+
+def _source(text: str) -> Path | None:
+    """The file of a function that is given as ``module:function``."""
+    module, colon, function = text.partition(":")
+    if not (colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        return None
+    try:
+        spec = importlib.util.find_spec(module)
+    except ImportError:
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin is not None and Path(spec.origin).is_file() else None
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], hashed: Mapping[str, Any]) -> list[str]:

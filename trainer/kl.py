@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -26,7 +27,7 @@ class KLController:
 
     def update(self, kl_per_seq: float, sequences: int) -> None:
         """Moves the coefficient after a batch whose mean KL was ``kl_per_seq``."""
-        if self.target_per_seq is None:
+        if self.target_per_seq is None or not math.isfinite(kl_per_seq):  # one NaN would stay for good
             return
         error = min(max(kl_per_seq / self.target_per_seq - 1, -0.2), 0.2)
         self.coef *= 1 + error * sequences / self.horizon

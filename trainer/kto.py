@@ -63,7 +63,7 @@ class KTO(preference.Method):
         if len(prompts) < 2:
             raise ValueError("data: want at least two labelled replies, to mismatch prompts and replies")
         samples = encode_pairs(tokenizer, prompts, replies, self.cfg.max_length)
-        other = _derangement(len(samples), self.cfg.seed)
+        other = _derangement([repr(p) for p in prompts], self.cfg.seed)
         mismatched = [_exchanged(s, samples[k], self.cfg.max_length) for s, k in zip(samples, other, strict=True)]
         return Replies(samples + mismatched, good * 2, [(i,) for i in range(len(samples))])
 
@@ -88,12 +88,21 @@ class KTO(preference.Method):
         )  # fmt: skip
 
 
-def _derangement(count: int, seed: int) -> list[int]:
-    """For each index another one: its successor in a random cycle."""
-    cycle = random.Random(seed).sample(range(count), count)
-    other = [0] * count
-    for here, there in zip(cycle, cycle[1:] + cycle[:1], strict=True):
-        other[here] = there
+def _derangement(prompts: Sequence[str], seed: int) -> list[int]:
+    """For each index another one, of another prompt as long as no prompt has more than half of the replies.
+
+    Replies of a prompt stand together in a random circle, and each is given the reply so far on that nobody is left
+    among the replies to its own prompt.
+    """
+    source = random.Random(seed)
+    replies: dict[str, list[int]] = {}
+    for i in source.sample(range(len(prompts)), len(prompts)):
+        replies.setdefault(prompts[i], []).append(i)
+    circle = [i for group in replies.values() for i in group]
+    far = max(map(len, replies.values()))
+    other = [0] * len(circle)
+    for at, here in enumerate(circle):
+        other[here] = circle[(at + far) % len(circle)] if far < len(circle) else circle[(at + 1) % len(circle)]
     return other
 
 

@@ -179,8 +179,10 @@ def check(cfg: StageConfig) -> None:
             raise ValueError(f"{name}: got {getattr(cfg, name)}, want at least 1")
     if cfg.save_every is not None and cfg.save_every < 1:
         raise ValueError(f"save_every: got {cfg.save_every}, want at least 1, or None")
-    if not cfg.lr > 0:
+    if not (cfg.lr > 0 and math.isfinite(cfg.lr)):
         raise ValueError(f"lr: got {cfg.lr}, want a positive number")
+    if not cfg.max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm: got {cfg.max_grad_norm}, want a positive number, or inf for no limit")
 
 
 def prepare(cfg: StageConfig) -> torch.device:
