@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 SHORT = {"batch_size": 4, "max_tokens": 40, "warmup_steps": 2, "save_every": 1, "quiet": True}
@@ -21,6 +23,13 @@ STAGES: dict[str, dict[str, Any]] = {
         "max_new_tokens": 4, "quiet": True,
     },
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line writes to the environment; with these the test's own comes back afterwards."""
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
 
 
 class Cut(BaseException):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import tomllib
 from pathlib import Path
@@ -13,18 +12,11 @@ import pytest
 pytest.importorskip("yaml")
 pytest.importorskip("tyro")
 from tests.fault_worlds import world
-from tests.pipeline_worlds import STAGES, Cut, written
+from tests.pipeline_worlds import STAGES, Cut, environment, written  # noqa: F401 (a fixture)
 from tests.trainer_worlds import lines, write
 from trainer import cli, recipe, split
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line writes to the environment; with these the test's own comes back afterwards."""
-    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
-        monkeypatch.setenv(name, os.environ.get(name, "1"))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("yaml")
 pytest.importorskip("tyro")
 from tests.fault_worlds import finished, world
-from tests.pipeline_worlds import STAGES, Cut, written
+from tests.pipeline_worlds import STAGES, Cut, environment, written  # noqa: F401 (a fixture)
 from tests.trainer_worlds import lines, write
 from trainer import cli, evaluation, log, split
 from trainer.data_file import rows
@@ -27,13 +27,6 @@ from trainer.session import Session
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 RESUMED = ("sft", "reward", "ppo", "group")  # stages with checkpoints
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line writes to the environment; with these the test's own comes back afterwards."""
-    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
-        monkeypatch.setenv(name, os.environ.get(name, "1"))
 
 
 @pytest.fixture(scope="module")
