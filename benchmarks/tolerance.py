@@ -135,9 +135,14 @@ def main(argv: list[str] | None = None) -> None:
     op = "sparse_kept" if args.kept else "sparse"
     batch, _ = for_op(op, batch, truth)
     result = {
-        "environment": environment(args.threads, None), "shape": str(SHAPES[args.shape]), "dtype": args.dtype, "nats": args.nats,
-        "op": op, "seconds": times(batch, op, args.rounds, not args.no_peers), "accuracy": accuracy(batch),
-    }  # fmt: skip
+        "environment": environment(args.threads, None),
+        "shape": str(SHAPES[args.shape]),
+        "dtype": args.dtype,
+        "nats": args.nats,
+        "op": op,
+        "seconds": times(batch, op, args.rounds, not args.no_peers),
+        "accuracy": accuracy(batch),
+    }
     print(table(result))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
