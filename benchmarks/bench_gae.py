@@ -11,14 +11,13 @@ from benchmarks import gae
 batch = cache(lambda: gae.Replies.draw(128, 4096))
 
 
+def judge(found: gae.Pair) -> tuple[dict[str, float], str]:
+    errors = gae.errors_of(found, batch())
+    return errors, gae.verdict(errors)
+
+
 @pytest.mark.parametrize("contender", gae.CONTENDERS, ids=lambda c: c.name)
-def test_gae(benchmark, contender):
+def test_gae(benchmark, entered, contender):
     benchmark.group = "gae 128x4096"
-    try:
-        step = contender.build(batch())
-    except ImportError as error:
-        pytest.skip(str(error))
-    errors = gae.errors_of(step(), batch())
-    benchmark.extra_info |= errors
-    assert gae.verdict(errors) == "ok"
-    benchmark.pedantic(step, rounds=10)
+    row = entered(contender, batch(), judge, {"op": "gae", "shape": "128x4096", "dtype": "fp32"}, rounds=10)
+    assert row["verdict"] == "ok"

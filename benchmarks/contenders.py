@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import ours, peers
-from benchmarks.cases import Batch
+from benchmarks.cases import PREFERENCES, Batch
 from benchmarks.objectives import LOSSES
+from benchmarks.peers.base import Build, LogpPeer, Step, kept_rows, training, wants_gpu
 from benchmarks.truth import Result
-
-Step = Callable[[], Any]  # one timed call
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,23 @@ class Contender:
     side: str  # "floor", "peer" or "ours"
     build: Callable[[Any], Step]  # raises ImportError where the peer is not installed, or Skipped
     compiles: bool = False  # its first call compiles for the shapes it meets
+    gpu: bool = False  # its kernels run on a GPU, or in Triton's interpreter
 
 
 def _floor(op: str) -> Contender:
     """The matrix products alone, on the rows that need them, into memory that is there."""
+    reference = op in PREFERENCES or op == "kl"
 
     def build(batch: Batch) -> Step:
         forward = batch.hidden[batch.kept]
-        alive = batch.kept & (batch.advantages != 0) if not op.startswith("dpo") else batch.kept
-        backward = batch.hidden[alive]
+        idle = op in ("grpo_groups", "sparse", "sparse_kept")
+        backward = batch.hidden[batch.kept & (batch.advantages != 0)] if idle else forward
         logits = batch.hidden.new_empty(len(forward), len(batch.weight))
         grad_hidden, grad_weight = torch.empty_like(backward), torch.empty_like(batch.weight)
 
         def step() -> Result:
-            if op.startswith("dpo"):
-                torch.mm(forward, batch.weight.t(), out=logits)  # the reference
+            if reference:
+                torch.mm(forward, batch.weight.t(), out=logits)
             torch.mm(forward, batch.weight.t(), out=logits)
             if op != "score":
                 grad_logits = logits[: len(backward)]
@@ -48,40 +50,60 @@ def _floor(op: str) -> Contender:
 
         return step
 
-    products = {"score": "1 product", "dpo": "4 products", "dpo_prompts": "4 products"}.get(op, "3 products")
+    products = "1 product" if op == "score" else "4 products" if reference else "3 products"
     return Contender(f"bare GEMM, {products}", "floor", build)
 
 
-def _training(op: str, peer: peers.LogpPeer) -> Contender:
+def _copy(batch: Batch) -> Step:
+    """Where logits are there, reading them and writing their gradient once is all that must be done."""
+    assert batch.logits is not None
+    logits, grad = batch.logits, torch.empty_like(batch.logits)
+
+    def step() -> Result:
+        grad.copy_(logits)
+        return Result()
+
+    return step
+
+
+def _peer(name: str, build: Build, compiles: bool, gpu: bool) -> Contender:
+    def where_it_runs(batch: Batch) -> Step:
+        wants_gpu(batch.hidden)
+        return build(batch)
+
+    return Contender(name, "peer", where_it_runs if gpu else build, compiles, gpu)
+
+
+def _training(op: str, peer: LogpPeer) -> Contender:
     """The op's loss over a peer's differentiable log-probabilities, forward and backward."""
 
     def build(batch: Batch) -> Step:
         if peer.most_logits is not None and len(batch.targets) * len(batch.weight) > peer.most_logits:
             raise peers.Skipped("it takes minutes at this size")
         logp_of = peer.load()
-        hidden, weight = batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_()
-        rows = batch.kept.nonzero().squeeze(1)
-        targets = batch.targets[rows] if op == "sparse_kept" else batch.targets
+        rows, n = kept_rows(batch, op), len(batch.targets)
+        whole, targets = len(rows) == n, batch.targets[rows]
 
-        def step() -> Result:
+        def logps(hidden: Tensor, weight: Tensor) -> Tensor:
+            if whole:
+                return logp_of(hidden, weight, targets)
+            found = logp_of(hidden[rows], weight, targets).float()
+            return torch.zeros(n, device=found.device).index_copy(0, rows, found)
+
+        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             ref_logp = None
             if batch.ref_hidden is not None and batch.ref_weight is not None:
                 with torch.no_grad():
-                    ref_logp = logp_of(batch.ref_hidden, batch.ref_weight, targets)
-            if op == "sparse_kept":
-                found = logp_of(hidden[rows], weight, targets)
-                logp = torch.zeros(len(batch.targets)).index_copy(0, rows, found.float())
-            else:
-                logp = logp_of(hidden, weight, targets)
-            loss = LOSSES[op](logp, ref_logp, batch)
-            return Result(loss, logp, None, *torch.autograd.grad(loss, (hidden, weight)))
+                    ref_logp = logps(batch.ref_hidden, batch.ref_weight)
+            logp = logps(hidden, weight)
+            return LOSSES[op](logp, ref_logp, batch), logp
 
-        return step
+        return training(batch, forward)
 
-    return Contender(peer.name, "peer", build, peer.compiles)
+    return _peer(peer.name, build, peer.compiles, peer.gpu)
 
 
-def _scoring(peer: peers.LogpPeer) -> Contender:
+def _scoring(peer: LogpPeer) -> Contender:
     def build(batch: Batch) -> Step:
         score = peer.load_score()
 
@@ -92,17 +114,17 @@ def _scoring(peer: peers.LogpPeer) -> Contender:
 
         return step
 
-    return Contender(peer.name, "peer", build, peer.compiles)
+    return _peer(peer.name, build, peer.compiles, peer.gpu)
 
 
 def contenders(op: str, max_bytes: int | None = None) -> list[Contender]:
     """Everybody who can do this op on hidden states and a head; ``max_bytes`` is our byte budget."""
-    found = [_floor(op)]
+    found = [Contender("copy of the logits", "floor", _copy) if op == "logits" else _floor(op)]
     if op == "score":
         found += [_scoring(peer) for peer in peers.LOGP_PEERS if peer.load_score is not peers.unable]
-    else:
-        found += [_training(op, peer) for peer in peers.LOGP_PEERS if op in peer.ops]
-    found += [Contender(name, "peer", build, compiles) for name, build, compiles in peers.OWN_LOSSES.get(op, ())]
+    elif op in LOSSES:
+        found += [_training(op, peer) for peer in peers.LOGP_PEERS if op not in peer.leaves_out]
+    found += [_peer(*own) for own in peers.OWN_LOSSES.get(op, ())]
     return found + [Contender(name, "ours", build) for name, build in ours.contenders(op, max_bytes)]
 
 

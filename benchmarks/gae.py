@@ -15,6 +15,8 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 from benchmarks.contenders import Contender
+from benchmarks.peers.base import Skipped, wants_gpu
+from benchmarks.peers.loading import module
 
 GAMMA, LAM, CHUNK = 0.999, 0.95, 128
 
@@ -25,9 +27,9 @@ class Replies(NamedTuple):
     mask: Tensor  # [B, T] float32, all ones: everybody's conventions agree there
 
     @staticmethod
-    def draw(replies: int, tokens: int) -> Replies:
+    def draw(replies: int, tokens: int, device: str = "cpu") -> Replies:
         rng = torch.Generator().manual_seed(0)
-        rewards, values = torch.randn(2, replies, tokens, generator=rng).mul_(0.1)
+        rewards, values = torch.randn(2, replies, tokens, generator=rng).mul_(0.1).to(device)
         return Replies(rewards, values, torch.ones_like(rewards))
 
 
@@ -76,14 +78,14 @@ def chunked_matmul(batch: Replies) -> Pair:
     n, steps = values.shape
     decay, pad = GAMMA * LAM, -steps % CHUNK
     delta = F.pad(_deltas(batch), (0, pad))
-    position = torch.arange(CHUNK)
+    position = torch.arange(CHUNK, device=values.device)
     distance = position[:, None] - position
-    powers = torch.where(distance >= 0, torch.tensor(decay) ** distance.clamp(min=0), 0.0)
+    powers = torch.where(distance >= 0, torch.tensor(decay, device=values.device) ** distance.clamp(min=0), 0.0)
     local = (delta.view(-1, CHUNK) @ powers).view(n, -1, CHUNK)
-    tail, carry = torch.zeros(local.shape[1] + 1, n), decay**CHUNK
+    tail, carry = torch.zeros(local.shape[1] + 1, n, device=values.device), decay**CHUNK
     for k in reversed(range(local.shape[1])):
         tail[k] = local[:, k, 0] + carry * tail[k + 1]
-    reach = torch.tensor(decay) ** (CHUNK - position)
+    reach = torch.tensor(decay, device=values.device) ** (CHUNK - position)
     advantages = (local + tail[1:].t()[:, :, None] * reach).view(n, -1)[:, :steps]
     return advantages, advantages + values
 
@@ -96,6 +98,9 @@ def _recursive_filter(batch: Replies) -> Callable[[], Pair]:
     """A recursive filter run backwards, as Spinning Up discounts: single-threaded C over each row."""
     from scipy.signal import lfilter
 
+    if batch.values.is_cuda:
+        raise Skipped("runs on a CPU")
+
     def step() -> Pair:
         deltas = _deltas(batch).numpy()
         backwards = lfilter([1.0], [1.0, -GAMMA * LAM], deltas[:, ::-1], axis=1)
@@ -105,9 +110,23 @@ def _recursive_filter(batch: Replies) -> Callable[[], Pair]:
     return step
 
 
+def _rl_triton(batch: Replies) -> Callable[[], Pair]:
+    wants_gpu(batch.values)
+    compute_gae = module("rl_triton").compute_gae
+    rewards, values, mask = batch
+    terminated = torch.zeros_like(mask)
+    beyond = torch.zeros(len(values), device=values.device)
+
+    def step() -> Pair:
+        advantages = compute_gae(rewards, values, terminated, gamma=GAMMA, lambda_=LAM, last_value=beyond)
+        return advantages, advantages + values
+
+    return step
+
+
 def _ours(batch: Replies) -> Callable[[], Pair]:
     n, steps = batch.values.shape
-    cu_seqlens = torch.arange(0, n * steps + 1, steps)
+    cu_seqlens = torch.arange(0, n * steps + 1, steps, device=batch.values.device)
 
     def step() -> Pair:
         advantages, returns = rk.gae(
@@ -124,6 +143,7 @@ CONTENDERS = (
     Contender("OpenRLHF's loop", "peer", _in_torch(openrlhf_loop)),
     Contender("chunked matmul in torch, after slime", "peer", _in_torch(chunked_matmul)),
     Contender("scipy lfilter", "peer", _recursive_filter),
+    Contender("rl-triton compute_gae", "peer", _rl_triton, gpu=True),
     Contender("rk.gae", "ours", _ours),
 )
 
@@ -131,7 +151,7 @@ CONTENDERS = (
 def errors_of(found: Pair, batch: Replies) -> dict[str, float]:
     """Largest distance from float64, relative to the size of the advantages."""
     rewards, values = batch.rewards.double(), batch.values.double()
-    right, last = torch.empty_like(values), torch.zeros(len(values), dtype=torch.float64)
+    right, last = torch.empty_like(values), torch.zeros_like(values[:, 0])
     after = torch.zeros_like(last)
     for t in reversed(range(values.shape[1])):
         last = rewards[:, t] + GAMMA * after - values[:, t] + GAMMA * LAM * last

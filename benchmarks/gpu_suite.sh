@@ -4,9 +4,10 @@
 #   bash benchmarks/gpu_suite.sh OUT                  all parts that OUT does not hold yet
 #   bash benchmarks/gpu_suite.sh OUT probe head       these parts only
 #
-# Parts: build probe tests kernels head gae memcheck racecheck. Needs torch 2.11 or newer, triton, pytest and, for build, a C++
-# compiler, pybind11 and ninja; nvcc makes the CUDA kernels. Nothing is downloaded. A part that fails is said so at the
-# end, in the exit status and in OUT/<part>.log; the others run all the same. Commit OUT/gpu-*.json to
+# Parts: build probe tests kernels head gae peers peers_large memcheck racecheck. Needs torch 2.11 or newer, triton, pytest
+# and, for build, a C++ compiler, pybind11 and ninja; nvcc makes the CUDA kernels. Nothing is downloaded. The peers parts
+# measure beside whoever is installed, or unpacked in RLHF_KERNELS_PEERS (benchmarks/pack_peers.py). A part that fails is
+# said so at the end, in the exit status and in OUT/<part>.log; the others run all the same. Commit OUT/gpu-*.json to
 # benchmarks/results: they hold the device, the versions and a hash of the kernel sources.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -15,7 +16,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(build probe tests kernels head gae memcheck racecheck)
+[ ${#parts[@]} -gt 0 ] || parts=(build probe tests kernels head gae peers peers_large memcheck racecheck)
 python=${PYTHON:-python3}
 device=${RLHF_KERNELS_SUITE_DEVICE:-cuda} # cpu: a dry run at tiny sizes
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -41,6 +42,20 @@ part_kernels() {
 }
 part_head() { "$python" benchmarks/gpu_head.py --device "$device" --out "$out/gpu-head.json"; }
 part_gae() { "$python" benchmarks/gpu_gae.py --device "$device" --out "$out/gpu-gae.json"; }
+# whoever materialises logits has room for these; ops in the order in which they matter, should time end
+beside_peers() {
+  local shape=$1
+  shift
+  local ops=(--only sft --only train --only score --only sparse_kept --only grpo --only dpo_prompts --only kl)
+  if [ "$device" = cpu ]; then shape=tiny; set -- --rounds 2 --skip compile "$@"; else set -- --tokens 8192 --seconds 4 "$@"; fi
+  "$python" -W ignore -m benchmarks.side_by_side --shape "$shape" --dtype bf16 --device "$device" "${ops[@]}" "$@"
+}
+part_peers() {
+  # on a CPU, peers whose kernels want a GPU are interpreted
+  [ "$device" != cpu ] || "$python" -O -W ignore -m benchmarks.dry_run || return 1
+  beside_peers qwen2.5-0.5b --only gae --out "$out/gpu-peers-qwen2.5-0.5b.json"
+}
+part_peers_large() { beside_peers qwen3-8b --out "$out/gpu-peers-qwen3-8b.json"; }
 sanitized() {
   [ "$device" = cpu ] && { echo "the sanitizer needs a GPU"; return 0; }
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; return 1; }
@@ -59,7 +74,7 @@ for part in "${parts[@]}"; do
   fi
   echo "== $part"
   began=$SECONDS
-  if timeout 590 bash -c "$(declare -p out python device judged); $(declare -f sanitized "part_$part"); part_$part" >"$out/$part.log" 2>&1; then
+  if timeout 590 bash -c "$(declare -p out python device judged); $(declare -f sanitized beside_peers "part_$part"); part_$part" >"$out/$part.log" 2>&1; then
     touch "$out/$part.done"
     tail -n 30 "$out/$part.log"
     echo "== $part: $((SECONDS - began)) s"

@@ -6,39 +6,92 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from benchmarks.contenders import Contender, Step
+from benchmarks.judge import Judge
 from benchmarks.peers import Skipped
 
 Row = dict[str, Any]
-Judge = Callable[[Any], tuple[dict[str, float], str]]  # what a step returned -> errors, verdict
 FEWEST, MOST = 3, 30
 SLOW = 3.0  # from the third round on, whoever takes this many times the fastest's time sits out
 
 
-def _timed(step: Step) -> tuple[float, Any]:
+def _wait(cuda: bool) -> None:
+    if cuda:
+        torch.cuda.synchronize()
+
+
+def _timed(step: Step, cuda: bool) -> tuple[float, Any]:
+    _wait(cuda)
     start = time.perf_counter()
     result = step()
+    _wait(cuda)
     return time.perf_counter() - start, result
 
 
-def _enter(contender: Contender, batch: Any, judge: Judge) -> tuple[Row, Step | None]:
+def forward_seconds(result: Any) -> float | None:
+    """Of the part before the gradients, where a contender has one."""
+    part = getattr(result, "forward_s", None)
+    return None if part is None else part()
+
+
+def enter(contender: Contender, batch: Any, judge: Judge) -> tuple[Row, Step | None]:
     """A contender's row with its first call, which compiles and warms up, and the step to time after it."""
     row: Row = {"contender": contender.name, "side": contender.side}
+    cuda = on_cuda(batch)
     try:
         step = contender.build(batch)
     except (ImportError, Skipped) as error:
         return row | {"verdict": f"skipped: {error if isinstance(error, Skipped) else brief(error)}"}, None
+    except Exception as error:  # half-installed peers fail in many ways
+        return row | {"verdict": f"failed: {brief(error)}"}, None
     try:
-        first, result = _timed(step)
+        first, result = _timed(step, cuda)
+        errors, verdict = judge(result)
     except ImportError as error:  # some look for their own requirements only when they run
         return row | {"verdict": f"skipped: {brief(error)}"}, None
     except Exception as error:  # whatever a peer trips over belongs in its row, not in ours
         return row | {"verdict": f"failed: {brief(error)}"}, None
-    errors, verdict = judge(result)
-    return row | {"first_call_s": first, "compiles": contender.compiles, "errors": errors, "verdict": verdict}, step
+    row |= {"first_call_s": first, "compiles": contender.compiles, "errors": errors, "verdict": verdict}
+    if cuda:
+        del result
+        row |= _on_device(step)
+    return row, step
+
+
+def on_cuda(batch: Any) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.is_cuda for x in (batch if isinstance(batch, tuple) else [
+        getattr(batch, "hidden", None)
+    ]))  # fmt: skip
+
+
+def _on_device(step: Step) -> Row:
+    """What only a GPU can tell: peak memory beyond what is there, kernels launched, waits of the host."""
+    from torch.profiler import ProfilerActivity, profile
+
+    result = step()  # whatever is kept between calls is there
+    gradients = [g for g in result if isinstance(g, torch.Tensor)]
+    size = sum(g.numel() * g.element_size() for g in gradients)
+    del result, gradients
+    _wait(True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = step()
+    _wait(True)
+    extra = torch.cuda.max_memory_allocated() - before - size
+    del result
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        result = step()
+    del result
+    names = [event.name for event in seen.events() or ()]
+    launches = sum(name.startswith(("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")) for name in names)
+    # leaving the profiler waits once itself
+    waits = sum("Synchronize" in name for name in names)
+    return {"extra_bytes": extra, "launches": launches, "host_syncs": max(waits - 1, 0)}
 
 
 def brief(error: BaseException) -> str:
@@ -46,25 +99,32 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
 
 
-def _rounds(steps: dict[str, Step], seconds: float, rounds: int | None) -> dict[str, list[float]]:
+Times = dict[str, list[tuple[float, float | None]]]  # by contender: seconds in all, and of the forward
+
+
+def _rounds(steps: dict[str, Step], seconds: float, rounds: int | None, cuda: bool) -> Times:
     """A B C, A B C: a neighbour who wakes up disturbs a round, not a contender."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: Times = {name: [] for name in steps}
     spent, last, done = 0.0, 0.0, 0
     gc.collect()
     gc.freeze()  # the modules of all peers are a million objects to walk
     while done < (rounds or FEWEST) or (rounds is None and done < MOST and spent + last < seconds):
         gc.collect()
-        last, limit = 0.0, SLOW * min(map(statistics.median, times.values())) if done >= 2 else float("inf")
+        last, limit = 0.0, SLOW * min(map(_median, times.values())) if done >= 2 else float("inf")
         for name, step in steps.items():
-            if times[name] and statistics.median(times[name]) > limit:
+            if times[name] and _median(times[name]) > limit:
                 continue
-            taken, result = _timed(step)
+            taken, result = _timed(step, cuda)
+            times[name].append((taken, forward_seconds(result)))
             del result
-            times[name].append(taken)
             last += taken
         spent, done = spent + last, done + 1
     gc.unfreeze()
     return times
+
+
+def _median(times: Sequence[tuple[float, float | None]]) -> float:
+    return statistics.median(total for total, _ in times)
 
 
 def _relative(own: Sequence[float], other: Sequence[float]) -> float:
@@ -72,33 +132,42 @@ def _relative(own: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(own, other, strict=False))
 
 
-def table(
-    contenders: Sequence[Contender], batch: Any, judge: Judge, *, seconds: float, rounds: int | None = None
-) -> list[Row]:
-    """One row a contender: times of the rounds in seconds, ratios paired by round, errors and verdict.
+def ranked(rows: list[Row], times: Times) -> list[Row]:
+    """The rows with their times, seconds; and ratios paired by round.
 
     ``to_floor`` is relative to the bare matrix products, ``to_peer`` to the fastest peer that is not wrong; below one
     is faster.
     """
+    floor = next((r["contender"] for r in rows if r["side"] == "floor" and times.get(r["contender"])), None)
+    peers = [r["contender"] for r in rows if r["side"] == "peer" and r["verdict"] == "ok" and times.get(r["contender"])]
+    fastest = min(peers, key=lambda name: _median(times[name]), default=None)
+    totals = {name: [total for total, _ in found] for name, found in times.items()}
+    for row in rows:
+        own = totals.get(row["contender"])
+        if not own:
+            continue
+        row |= {"median_s": statistics.median(own), "min_s": min(own), "max_s": max(own), "rounds": len(own)}
+        parts = [(total, first) for total, first in times[row["contender"]] if first is not None]
+        if parts:
+            row["forward_s"] = statistics.median(first for _, first in parts)
+            row["backward_s"] = statistics.median(total - first for total, first in parts)
+        if floor is not None:
+            row["to_floor"] = _relative(own, totals[floor])
+        if fastest is not None:
+            row |= {"to_peer": _relative(own, totals[fastest]), "fastest_peer": fastest}
+    return rows
+
+
+def table(
+    contenders: Sequence[Contender], batch: Any, judge: Judge, *, seconds: float, rounds: int | None = None
+) -> list[Row]:
+    """One row a contender: times of the rounds, errors and verdict; see ``ranked``."""
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()  # every table compiles for its own shapes
     rows, steps = [], {}
     for contender in contenders:
-        row, step = _enter(contender, batch, judge)
+        row, step = enter(contender, batch, judge)
         rows.append(row)
         if step is not None:
             steps[contender.name] = step
-    times = _rounds(steps, seconds, rounds)
-    floor = next((times[r["contender"]] for r in rows if r["side"] == "floor" and r["contender"] in times), None)
-    peers = [r["contender"] for r in rows if r["side"] == "peer" and r["verdict"] == "ok"]
-    fastest = min(peers, key=lambda name: statistics.median(times[name]), default=None)
-    for row in rows:
-        own = times.get(row["contender"])
-        if own is None:
-            continue
-        row |= {"median_s": statistics.median(own), "min_s": min(own), "max_s": max(own), "rounds": len(own)}
-        if floor is not None:
-            row["to_floor"] = _relative(own, floor)
-        if fastest is not None:
-            row |= {"to_peer": _relative(own, times[fastest]), "fastest_peer": fastest}
-    return rows
+    return ranked(rows, _rounds(steps, seconds, rounds, on_cuda(batch)))

@@ -1,23 +1,23 @@
 """Peak memory of one step beyond its inputs and gradients, in a process of its own (Linux).
 
-python -m benchmarks.memory BATCH.pt OP CONTENDER     # prints bytes
+Resident memory is what a machine must have. A process that has run nothing else shows it; processes are forked from one
+that has imported everybody, since importing takes longer than measuring.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
-import subprocess
-import sys
-from pathlib import Path
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
 from benchmarks.cases import SHAPES, Batch, draw, for_op
 from benchmarks.contenders import contenders
 
-ROOT = Path(__file__).parents[1]
+SEVERAL_SECONDS_TO_IMPORT = ("trl.kernels.chunked_divergence", "liger_kernel.chunked_loss", "liger_kernel.transformers")
+LONGEST = 600  # seconds
 
 
 def _kilobytes(field: str) -> int:
@@ -25,23 +25,30 @@ def _kilobytes(field: str) -> int:
         return next(int(line.split()[1]) for line in status if line.startswith(f"{field}:"))
 
 
-def _forget_the_past() -> None:
-    """Give freed memory back and reset the high-water mark, so that making the inputs does not count."""
-    ctypes.CDLL(None).malloc_trim(0)
+def forget_the_past() -> None:
+    """Give freed memory back and reset the high-water mark, so that making the inputs does not count.
+
+    From here on large blocks are given back as they are freed: what is counted was alive at once, and is not what
+    malloc happened to keep.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 128 * 1024)  # M_MMAP_THRESHOLD, which otherwise grows
+    libc.malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")
 
 
-def _extra_bytes(path: str, op: str, name: str, max_bytes: int | None) -> int:
+def _extra_bytes(path: str, op: str, name: str, threads: int, max_bytes: int | None) -> int:
+    torch.set_num_threads(threads)
     batch = Batch.load(path)
     contender = next(c for c in contenders(op, max_bytes) if c.name == name)
     warm = batch if contender.compiles else for_op(op, *draw(SHAPES["tiny"], batch.hidden.dtype))[0]
     contender.build(warm)()
     step = contender.build(batch)
-    _forget_the_past()
+    forget_the_past()
     before = _kilobytes("VmRSS")
     result = step()
-    gradients = [g for g in (result.grad_hidden, result.grad_weight) if g is not None]
+    gradients = [g for g in (result.grad_hidden, result.grad_weight, result.grad_logits) if g is not None]
     return (_kilobytes("VmHWM") - before) * 1024 - sum(g.numel() * g.element_size() for g in gradients)
 
 
@@ -49,27 +56,14 @@ def extra_bytes(path: str, op: str, name: str, threads: int, max_bytes: int | No
     """Run ``name`` once on a saved batch elsewhere; what it needed beyond inputs and gradients, in bytes.
 
     Raises:
-        RuntimeError: the other process failed; the message is its last line.
+        RuntimeError: the other process failed, died or took too long.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", path, op, name, "--threads", str(threads)]
-    command += [] if max_bytes is None else ["--max-bytes", str(max_bytes)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("batch")
-    parser.add_argument("op")
-    parser.add_argument("contender")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--max-bytes", type=int)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    print(json.dumps(_extra_bytes(given.batch, given.op, given.contender, given.max_bytes)))
-
-
-if __name__ == "__main__":
-    main()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *SEVERAL_SECONDS_TO_IMPORT])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_extra_bytes, path, op, name, threads, max_bytes).result(LONGEST)
+        except BrokenProcessPool as error:
+            raise RuntimeError("its process was killed: not enough memory?") from error
+        except Exception as error:
+            raise RuntimeError(str(error) or type(error).__name__) from error

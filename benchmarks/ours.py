@@ -9,60 +9,61 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
-from benchmarks.cases import BETA, CLIP, Batch
+from benchmarks.cases import BETA, CLIP, KTO_KL, Batch
 from benchmarks.objectives import weighted
+from benchmarks.peers.base import Build, Forward, Step, training
+from benchmarks.peers.plain_torch import from_logits
 from benchmarks.truth import Result
 from rlhf_kernels.engine.call import MAX_BYTES
 
 GIB = 2**30
-Build = Callable[[Batch], Callable[[], Result]]
+Head = dict[str, Any]  # HeadOptions
 
 
-def default_budget() -> int:
-    return MAX_BYTES["cpu"]
+def default_budget(device: str = "cpu") -> int:
+    return MAX_BYTES[device]
 
 
-def _leaves(batch: Batch) -> tuple[Tensor, Tensor]:
-    return batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_()
+def _targets(batch: Batch) -> Tensor:
+    return batch.targets.masked_fill(~batch.kept, -100)
 
 
-def _token_stats(**head: Any) -> Build:
-    def build(batch: Batch) -> Callable[[], Result]:
-        hidden, weight = _leaves(batch)
+def _trained(forward_of: Callable[[Batch], Forward]) -> Build:
+    return lambda batch: training(batch, forward_of(batch))
 
-        def step() -> Result:
+
+def _token_stats(head: Head) -> Build:
+    def forward_of(batch: Batch) -> Forward:
+        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             logp = rk.token_stats(hidden, weight, batch.targets, **head).logp
-            loss = weighted(logp, None, batch)
-            return Result(loss, logp, None, *torch.autograd.grad(loss, (hidden, weight)))
+            return weighted(logp, None, batch), logp
 
-        return step
+        return forward
 
-    return build
+    return _trained(forward_of)
 
 
-def _fused_loss(**head: Any) -> Build:
-    def build(batch: Batch) -> Callable[[], Result]:
-        hidden, weight = _leaves(batch)
-        tokens = len(batch.targets)
+def _fused_loss(head: Head) -> Build:
+    def forward_of(batch: Batch) -> Forward:
+        tokens, per_token = len(batch.targets), (batch.advantages,)
 
-        def step() -> Result:
+        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             seen = []
 
             def objective(stats: rk.TokenStats, cu_seqlens: Tensor | None, advantages: Tensor):
                 seen.append(stats.logp.detach())
                 return -(advantages * stats.logp).sum() / tokens, {}
 
-            per_token = (batch.advantages,)
             loss = rk.fused_loss(hidden, weight, batch.targets, objective, per_token=per_token, **head).loss
-            return Result(loss, torch.cat(seen), None, *torch.autograd.grad(loss, (hidden, weight)))
+            return loss, torch.cat(seen)
 
-        return step
+        return forward
 
-    return build
+    return _trained(forward_of)
 
 
-def _score(**head: Any) -> Build:
-    def build(batch: Batch) -> Callable[[], Result]:
+def _score(head: Head) -> Build:
+    def build(batch: Batch) -> Step:
         def step() -> Result:
             with torch.no_grad():
                 stats = rk.token_stats(batch.hidden, batch.weight, batch.targets, **head)
@@ -73,77 +74,102 @@ def _score(**head: Any) -> Build:
     return build
 
 
-def _grpo(**head: Any) -> Build:
-    def build(batch: Batch) -> Callable[[], Result]:
-        hidden, weight = _leaves(batch)
-        advantages = batch.advantages[batch.cu_seqlens[:-1]]
+def _loss(loss_of: Callable[..., rk.LossOutput], arguments: Callable[[Batch], dict[str, Any]], head: Head) -> Build:
+    """A loss of the front door, whose further arguments a batch gives."""
 
-        def step() -> Result:
-            loss = rk.grpo_loss(
-                hidden,
-                weight,
-                batch.targets,
-                batch.old_logp,
-                advantages,
-                clip=CLIP,
-                cu_seqlens=batch.cu_seqlens,
-                **head,
-            ).loss
-            return Result(loss, None, None, *torch.autograd.grad(loss, (hidden, weight)))
+    def forward_of(batch: Batch) -> Forward:
+        targets, given = _targets(batch), arguments(batch)
+        return lambda hidden, weight: (loss_of(hidden, weight, targets, **given, **head).loss, None)
 
-        return step
-
-    return build
+    return _trained(forward_of)
 
 
-def _dpo(**head: Any) -> Build:
-    def build(batch: Batch) -> Callable[[], Result]:
-        hidden, weight = _leaves(batch)
+def _scored(loss_of: Callable[..., rk.LossOutput], arguments: Callable[[Batch], dict[str, Any]], head: Head) -> Build:
+    """The same for a loss whose reference is scored in the step."""
+
+    def forward_of(batch: Batch) -> Forward:
+        targets, given = _targets(batch), arguments(batch)
         assert batch.ref_hidden is not None
-        ref_hidden, ref_weight = batch.ref_hidden, batch.ref_weight
-        assert ref_weight is not None
-        targets = batch.targets.masked_fill(~batch.kept, -100)
+        assert batch.ref_weight is not None
+        reference = batch.ref_hidden, batch.ref_weight
 
-        def step() -> Result:
+        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor, None]:
             with torch.no_grad():
-                ref_logp = rk.token_stats(ref_hidden, ref_weight, targets, **head).logp
-            loss = rk.dpo_loss(hidden, weight, targets, batch.cu_seqlens, ref_logp, beta=BETA, **head).loss
-            return Result(loss, None, None, *torch.autograd.grad(loss, (hidden, weight)))
+                ref_logp = rk.token_stats(*reference, targets, **head).logp
+            return loss_of(hidden, weight, targets, batch.cu_seqlens, ref_logp, **given, **head).loss, None
 
-        return step
+        return forward
+
+    return _trained(forward_of)
+
+
+def _kto(head: Head) -> Build:
+    def arguments(batch: Batch) -> dict[str, Any]:
+        desirable = torch.arange(batch.cu_seqlens.numel() - 1, device=batch.targets.device) % 2 == 0
+        return {"desirable": desirable, "kl": KTO_KL, "beta": BETA}
+
+    return _scored(rk.kto_loss, arguments, head)
+
+
+def _kl(head: Head) -> Build:
+    def build(batch: Batch) -> Step:
+        targets, count, seen = _targets(batch), batch.kept.sum(), []
+
+        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor, None]:
+            assert batch.ref_hidden is not None
+            assert batch.ref_weight is not None
+            kl = rk.kl_divergence(hidden, weight, batch.ref_hidden, batch.ref_weight, targets, **head)
+            seen[:] = [kl.detach()]
+            return kl.sum() / count, None
+
+        return training(batch, forward, outputs=lambda: {"kl": seen.pop()})
 
     return build
 
 
-def _ppo(**head: Any) -> Build:
-    def build(batch: Batch) -> Callable[[], Result]:
-        hidden, weight = _leaves(batch)
-        targets = batch.targets.masked_fill(~batch.kept, -100)
+def _from_logits(head: Head) -> Build:
+    def stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        found = rk.token_stats_from_logits(logits, targets, **head)
+        return found.logp, found.entropy
 
-        def step() -> Result:
-            loss = rk.ppo_loss(hidden, weight, targets, batch.old_logp, batch.advantages, clip=CLIP, **head).loss
-            return Result(loss, None, None, *torch.autograd.grad(loss, (hidden, weight)))
+    return from_logits(lambda: stats)
 
-        return step
 
-    return build
+def _grpo(batch: Batch) -> dict[str, Any]:
+    return {
+        "old_logp": batch.old_logp, "advantages": batch.advantages[batch.cu_seqlens[:-1]], "clip": CLIP,
+        "cu_seqlens": batch.cu_seqlens,
+    }  # fmt: skip
+
+
+def _ppo(batch: Batch) -> dict[str, Any]:
+    return {"old_logp": batch.old_logp, "advantages": batch.advantages, "clip": CLIP}
+
+
+def _pairs(batch: Batch) -> dict[str, Any]:
+    return {"cu_seqlens": batch.cu_seqlens, "beta": BETA}
 
 
 def contenders(op: str, max_bytes: int | None) -> list[tuple[str, Build]]:
     """Our entries for an op; the op that remembers logits also enters with room for all of them."""
-    head: dict[str, Any] = {} if max_bytes is None else {"max_bytes": max_bytes}
-    if op == "train":
-        return [
-            ("rk.token_stats", _token_stats(**head)),
-            ("rk.token_stats, 1 GiB", _token_stats(max_bytes=GIB)),
-            ("rk.fused_loss", _fused_loss(**head)),
-        ]
-    name, make = {
-        "score": ("rk.token_stats", _score),
-        "grpo": ("rk.grpo_loss", _grpo),
-        "dpo": ("rk.token_stats, rk.dpo_loss", _dpo),
-        "dpo_prompts": ("rk.token_stats, rk.dpo_loss", _dpo),
-        "sparse": ("rk.ppo_loss", _ppo),
-        "sparse_kept": ("rk.ppo_loss", _ppo),
-    }[op]
-    return [(name, make(**head))]
+    head: Head = {} if max_bytes is None else {"max_bytes": max_bytes}
+    beta: Callable[[Batch], dict[str, Any]] = lambda _: {"beta": BETA}  # noqa: E731
+    entries: dict[str, list[tuple[str, Build]]] = {
+        "train": [
+            ("rk.token_stats", _token_stats(head)),
+            ("rk.token_stats, 1 GiB", _token_stats({"max_bytes": GIB})),
+            ("rk.fused_loss", _fused_loss(head)),
+        ],
+        "score": [("rk.token_stats", _score(head))],
+        "grpo": [("rk.grpo_loss", _loss(rk.grpo_loss, _grpo, head))],
+        "dpo": [("rk.token_stats, rk.dpo_loss", _scored(rk.dpo_loss, beta, head))],
+        "ipo": [("rk.token_stats, rk.ipo_loss", _scored(rk.ipo_loss, beta, head))],
+        "kto": [("rk.token_stats, rk.kto_loss", _kto(head))],
+        "orpo": [("rk.orpo_loss", _loss(rk.orpo_loss, _pairs, head))],
+        "sft": [("rk.sft_loss", _loss(rk.sft_loss, lambda _: {}, head))],
+        "kl": [("rk.kl_divergence", _kl(head))],
+        "logits": [("rk.token_stats_from_logits", _from_logits(head))],
+        "sparse": [("rk.ppo_loss", _loss(rk.ppo_loss, _ppo, head))],
+    }
+    same = {"grpo_groups": "grpo", "dpo_prompts": "dpo", "sparse_kept": "sparse"}
+    return entries[same.get(op, op)]

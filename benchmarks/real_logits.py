@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -76,6 +77,24 @@ def gradient(
     return time.process_time() - began, grads, out
 
 
+def in_bf16(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of plain torch whose weights, hidden states and logits are bfloat16."""
+    x, w = (t.bfloat16().requires_grad_() for t in (hidden, weight))
+    logp = F.linear(x, w).float().log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    loss = -(torch.linspace(-1, 1, len(targets)) * logp).mean()
+    grads = torch.autograd.grad(loss, (x, w))
+    return grads[0], grads[1]
+
+
+def off(found: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, float]:
+    """Relative errors (L2) of the two gradients."""
+    names = ("grad_hidden", "grad_weight")
+    return {
+        n: float((a.double() - b.double()).norm() / b.double().norm())
+        for n, a, b in zip(names, found, exact, strict=True)
+    }
+
+
 def look(hidden: Tensor, weight: Tensor, targets: Tensor, frequent: Tensor) -> dict[str, Any]:
     """What the study says about these tokens."""
     logits = hidden.double() @ weight.double().T
@@ -88,18 +107,15 @@ def look(hidden: Tensor, weight: Tensor, targets: Tensor, frequent: Tensor) -> d
     exact = min((gradient(hidden, weight, targets, None) for _ in range(5)), key=lambda x: x[0])
     for tolerance in TOLERANCES:
         seconds, grads, out = min((gradient(hidden, weight, targets, tolerance) for _ in range(5)), key=lambda x: x[0])
-        off = [float((a - b).norm() / b.norm()) for a, b in zip(grads, exact[1], strict=True)]
-        saved[f"{tolerance:g}"] = {
-            "cpu": seconds / exact[0], "dense": float(out.metrics["tolerance/dense"]),
-            "grad_hidden": off[0], "grad_weight": off[1],
-        }  # fmt: skip
+        dense = float(out.metrics["tolerance/dense"])
+        saved[f"{tolerance:g}"] = {"cpu": seconds / exact[0], "dense": dense} | off(grads, exact[1])
     return {
         "entropy": float(stats.entropy.mean()), "nll": float(-stats.logp.mean()),
         "1-p": torch.quantile(1 - of_target, torch.tensor(QUANTILES).double()).tolist(),
         "sure": {f"{x:g}": float((1 - of_target < x).double().mean()) for x in (0.1, 0.01, 0.001)},
         "above": {f"{x:g}": float((p > x).sum(1).double().mean()) for x in THRESHOLDS},
         "entries": counts, "tiles": tiles(kept, natural), "tiles, by frequency": tiles(kept, frequent),
-        "saved": saved,
+        "saved": saved, "plain torch in bf16": off(in_bf16(hidden, weight, targets), exact[1]),
     }  # fmt: skip
 
 

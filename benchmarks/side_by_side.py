@@ -1,9 +1,12 @@
-"""This library beside its peers on a CPU: time, memory and error of each, in one process and in turns.
+"""This library beside its peers: time, memory and error of each, in one process and in turns.
 
     python -m benchmarks.side_by_side                # every op at the small shape, train and score at the large one
     python -m benchmarks.side_by_side --quick        # the small shape only
     python -m benchmarks.side_by_side --full         # every op at both shapes, with memory
     python -m benchmarks.side_by_side --full --shape large --dtype fp32 --only dpo --out dpo.json    # a part of that
+    python -m benchmarks.side_by_side --shape qwen3-8b --tokens 8192 --device cuda --dtype bf16      # a model's head
+    python -m benchmarks.side_by_side --quick --nats 0.3 --nats 1 --nats 2.5 --nats uniform          # how peaked
+    python -m benchmarks.side_by_side --text replies.jsonl.gz      # logits of a small model trained on this text
 
 Markdown to stdout, everything to --out; benchmarks.report prints several such files together. Leave the machine alone
 while it runs: on two cores ten minutes, half an hour with --full.
@@ -13,43 +16,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks import gae, memory, report
-from benchmarks.cases import DTYPES, HEAD_OPS, SHAPES, Batch, draw, for_op
+from benchmarks import gae, memory, report, text
+from benchmarks.cases import DTYPES, HEAD_OPS, MODELS, SHAPES, Batch, Shape, draw, for_op, shape_of
 from benchmarks.contenders import Contender, contenders, without
-from benchmarks.measure import Judge, Row, brief, table
-from benchmarks.objectives import LOSSES
-from benchmarks.truth import Expected, Result, Truth, errors_of, expect, verdict
+from benchmarks.judge import judge_for
+from benchmarks.kernel_hash import hashes
+from benchmarks.measure import Row, brief, table
+from benchmarks.truth import Truth
 
 OPS = (*HEAD_OPS, "gae")
 REPLIES = {"tiny": (4, 300)}  # replies x tokens of gae; every other shape has the real one
 REAL_REPLIES = (128, 4096)
-# minutes each at the large shape: there only on request
-LONG_OPS = {"grpo", "dpo", "dpo_prompts", "sparse", "sparse_kept"}
-MEMORY_OPS = {"none": (), "train": ("train",), "all": ("train", "score", "grpo", "dpo", "sparse")}
-
-
-def judge_for(op: str, batch: Batch, truth: Truth, ref_truth: Truth | None) -> tuple[Judge, float | None]:
-    """Who holds results of an op to the truth, and the share of the kept rows that have no gradient."""
-    expected: Expected | None = None
-    if op in LOSSES:
-        ref_logp = None if ref_truth is None else ref_truth.logp
-        head = (batch.hidden, batch.weight, batch.targets)
-        expected = expect(lambda logp: LOSSES[op](logp, ref_logp, batch), truth, *head, batch.kept)
-
-    def judge(result: Result) -> tuple[dict[str, float], str]:
-        errors = errors_of(result, truth, expected, batch.kept)
-        return errors, verdict(errors, batch.hidden.dtype, truth.largest_logit)
-
-    return judge, None if expected is None else expected.zero_rows
+USUAL = 0.5  # nats
+MEMORY_OPS = {
+    "none": (),
+    "train": ("train",),
+    "all": ("train", "score", "grpo", "dpo", "kl", "sft", "sparse"),
+    "every": HEAD_OPS,
+}
 
 
 def compare(
@@ -62,10 +57,10 @@ def compare(
     return rows if zero_rows is None else [row | {"zero_gradient_rows": zero_rows} for row in rows]
 
 
-def compare_gae(shape: str, skip: Sequence[str], *, seconds: float, rounds: int | None = None) -> list[Row]:
+def compare_gae(shape: str, skip: Sequence[str], device: str, *, seconds: float, rounds: int | None) -> list[Row]:
     """Rows of the table of advantages."""
     size = REPLIES.get(shape, REAL_REPLIES)
-    batch = gae.Replies.draw(*size)
+    batch = gae.Replies.draw(*size, device)
 
     def judge(found: gae.Pair) -> tuple[dict[str, float], str]:
         errors = gae.errors_of(found, batch)
@@ -75,8 +70,8 @@ def compare_gae(shape: str, skip: Sequence[str], *, seconds: float, rounds: int 
     return [row | {"op": "gae", "shape": "x".join(map(str, size)), "dtype": "fp32"} for row in rows]
 
 
-def _measure_memory(rows: list[Row], op: str, batch: Batch, given: argparse.Namespace) -> None:
-    """Fill in ``extra_bytes``, each contender in a process of its own."""
+def measure_memory(rows: list[Row], op: str, batch: Batch, threads: int, max_bytes: int | None) -> None:
+    """Fill in ``extra_bytes`` on a CPU, each contender in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "batch.pt"))
         batch.save(path)
@@ -84,7 +79,7 @@ def _measure_memory(rows: list[Row], op: str, batch: Batch, given: argparse.Name
             if row["side"] == "floor" or row["verdict"] != "ok":
                 continue
             try:
-                row["extra_bytes"] = memory.extra_bytes(path, op, row["contender"], given.threads, given.max_bytes)
+                row["extra_bytes"] = memory.extra_bytes(path, op, row["contender"], threads, max_bytes)
             except (RuntimeError, OSError) as error:
                 row["verdict"] = f"ok; memory unknown: {brief(error)}"
 
@@ -93,26 +88,50 @@ def _plan(given: argparse.Namespace) -> Iterator[tuple[str, str, list[str]]]:
     """(shape, dtype, ops) of the tables to make."""
     for shape in [given.shape] if given.shape else ["small"] if given.quick else ["small", "large"]:
         for dtype in [given.dtype] if given.dtype else list(DTYPES):
-            left_out = LONG_OPS if shape == "large" and not given.full else set()
-            wanted = given.only or [op for op in HEAD_OPS if op not in left_out]
+            # minutes each at the large shape: there only on request
+            few = shape == "large" and not given.full
+            wanted = given.only or [op for op in HEAD_OPS if not few or op in ("train", "score")]
             yield shape, dtype, [op for op in wanted if op in HEAD_OPS]
+
+
+def _drawn(given: argparse.Namespace) -> Iterator[tuple[Row, Batch, Truth, list[str]]]:
+    """What each table is of, its batch and ops; the heads one after the other, since they are large."""
+    for name, dtype, ops in _plan(given):
+        if not ops:
+            continue
+        if given.text:
+            batch, truth = text.batch_of(given.text, DTYPES[dtype], tokens=given.tokens or 1024, device=given.device)
+            about = {
+                "shape": str(Shape(len(batch.hidden), batch.hidden.shape[1], len(batch.weight))),
+                "text": given.text.name,
+            }
+            yield about | {"dtype": dtype, "nats": truth.entropy.mean().item()}, batch, truth, ops
+            continue
+        shape = shape_of(name, given.tokens)
+        shape = replace(shape, ragged=shape.ragged or given.ragged)
+        for nats in given.nats:
+            batch, truth = draw(shape, DTYPES[dtype], nats, device=given.device)
+            about = {"shape": str(shape), "dtype": dtype} | ({"model": name} if name in MODELS else {})
+            entropy = {} if given.nats == [USUAL] else {"nats": truth.entropy.mean().item()}
+            yield about | entropy, batch, truth, ops
 
 
 def run(given: argparse.Namespace) -> Iterator[list[Row]]:
     """The tables one by one."""
-    for shape, dtype, ops in _plan(given):
-        if not ops:
-            continue
-        base, truth = draw(SHAPES[shape], DTYPES[dtype])
+    for about, base, truth, ops in _drawn(given):
         for op in ops:
             batch, ref_truth = for_op(op, base, truth)
             entrants = without(contenders(op, given.max_bytes), given.skip)
             rows = compare(op, batch, truth, ref_truth, entrants, seconds=given.seconds, rounds=given.rounds)
-            if op in MEMORY_OPS[given.memory]:
-                _measure_memory(rows, op, batch, given)
-            yield [row | {"op": op, "shape": str(SHAPES[shape]), "dtype": dtype} for row in rows]
+            if op in MEMORY_OPS[given.memory] and given.device == "cpu":
+                measure_memory(rows, op, batch, given.threads, given.max_bytes)
+            yield [row | {"op": op} | about for row in rows]
     if not given.only or "gae" in given.only:
-        yield compare_gae(given.shape or "large", given.skip, seconds=given.seconds, rounds=given.rounds)
+        yield compare_gae(given.shape or "large", given.skip, given.device, seconds=given.seconds, rounds=given.rounds)
+
+
+def _nats(told: str) -> float:
+    return math.inf if told == "uniform" else float(told)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -121,8 +140,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     size.add_argument("--quick", action="store_true", help="the small shape only, few rounds")
     size.add_argument("--full", action="store_true", help="every op at both shapes, more rounds, memory")
     parser.add_argument("--only", action="append", choices=OPS, help="this op only; may be repeated")
-    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--shape", choices=[*SHAPES, *MODELS], help="a model's head is given ragged sequences")
+    parser.add_argument("--tokens", type=int, help="instead of the shape's own")
+    parser.add_argument("--ragged", action="store_true", help="sequences of different lengths")
+    parser.add_argument("--nats", action="append", type=_nats, help="mean entropy, or 'uniform'; may be repeated")
+    parser.add_argument("--text", type=Path, help="jsonl or jsonl.gz to train a small model on, whose logits are used")
     parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--skip", action="append", default=[], help="leave out contenders whose name contains this")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, help="instead of as many as fit --seconds, at least 3")
@@ -133,13 +157,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     given.seconds = given.seconds or (3.0 if given.quick else 20.0 if given.full else 8.0)
     given.memory = given.memory or ("all" if given.full else "none")
+    given.nats = given.nats or [USUAL]
+    given.shape = "small" if given.text else given.shape
     return given
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     given = _arguments(argv)
     torch.set_num_threads(given.threads)
-    environment = report.environment(given.threads, given.max_bytes)
+    environment = report.environment(given.threads, given.max_bytes, given.device)
+    run_of: Row = {"environment": environment} | ({} if given.device == "cpu" else {"sources": hashes()})
     print(report.heading(environment), end="\n\n", flush=True)
     rows: list[Row] = []
     start = time.monotonic()
@@ -150,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(report.markdown(group), end="\n\n", flush=True)
             rows += group
             if given.out:
-                given.out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+                given.out.write_text(json.dumps(run_of | {"rows": rows}, indent=1) + "\n")
     print(f"{len(rows)} rows in {time.monotonic() - start:.0f} s", file=sys.stderr)
 
 
