@@ -55,6 +55,7 @@ class HeadOptions(TypedDict, total=False):
     weight_grad: Tensor | None  # [V, H] float32: the head's gradient is added here and weight.grad stays None
     loss_scale: float  # with weight_grad: the factor that the loss will be multiplied by before backward
     tolerance: float | None  # share (L2) that the gradient of a row's logits may lose; None: nothing is left out
+    tp_group: Any  # torch.distributed.ProcessGroup whose ranks hold the rows of weight, in order; None: all are here
     max_targets: int | None  # at least the targets that are not ignored: then no call waits for the GPU to count them
     checks: bool  # look into the data (targets in range, nothing NaN)
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer import config_file, data_file, log, report
+from trainer import config_file, data_file, log, ranks, report
 from trainer.threads import TINY, model_of, one_bar_only, set_threads, used_threads
 
 PROG = "rlhf-train"
@@ -51,6 +51,7 @@ STAGES = {
     "split": Stage("trainer.split", "SplitConfig", "run", "two files out of one: what to train on, and what not"),
     "eval": Stage("trainer.evaluation", "EvalConfig", "run", "win rate, held-out loss and tasks, before and after"),
 }
+SPREAD = ("sft", "reward", "ppo", "grpo", "dpo", "ipo", "kto", "orpo", "simpo", "resume")  # over several processes
 TOOLS = {
     "inspect": ("trainer.inspect_data", "what decides the worth of preference data, before you train on it"),
     "doctor": ("trainer.doctor", "what this machine has, and what will be slow on it"),
@@ -113,6 +114,8 @@ def _main(argv: list[str]) -> int:
         print(version())
         return 0
     name, *rest = argv
+    if ranks.count() > 1 and name not in SPREAD:
+        raise ValueError(f"{name}: got {ranks.count()} processes, wants one; torchrun is for {', '.join(SPREAD)}")
     if name in ("report", "resume"):
         return {"report": _report, "resume": _resume}[name](rest)
     if name == "pipeline":
@@ -140,6 +143,7 @@ def _run(name: str, argv: list[str]) -> int:
     threads = recipe.pop("threads", None) if common.threads is None else common.threads
     stage, module = _load(name, threads, flags, recipe)
     config = parse(name, getattr(module, stage.config), recipe, flags, common.config)
+    config = ranks.placed(config)
     out = Path(getattr(config, OUT))
     provenance = _provenance(name, argv, config)
     log.claim(out, overwrite=common.overwrite)
@@ -172,7 +176,7 @@ def _resume(argv: list[str]) -> int:
         raise ValueError(f"resume: a run of {name} cannot be resumed; start it again with --overwrite")
     recipe[OUT] = str(out)
     config = parse(name, getattr(module, stage.config), recipe, flags, str(out / config_file.RESOLVED))
-    return _train_alone(name, run, config, resume=True)
+    return _train_alone(name, run, ranks.placed(config, resume=True), resume=True)
 
 
 def _load(name: str, threads: int | None, flags: list[str], recipe: dict[str, Any]) -> tuple[Stage, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trainer import ranks
 from trainer.models import Policy, ScalarModel
 from trainer.packing import Packed, split
 from trainer.rewards import Reward
@@ -95,11 +96,12 @@ def collect(
         max_new_tokens=cfg.max_new_tokens, generator=generator, temperature=cfg.temperature, top_p=cfg.top_p,
         sampler=cfg.sampler,
     )  # fmt: skip
+    rollout = ranks.from_first(rollout)
     sampled = perf_counter()
     device = policy.weight.device
     packed = rollout.pack(device)
     truncated = torch.tensor(rollout.truncated, device=device)
-    scores = reward(rollout, records).to(device)
+    scores = ranks.from_first(reward(rollout, records).cpu()).to(device)
     lengths = torch.tensor([float(len(rollout.response(i))) for i in range(len(prompts))])
     metrics = {
         "objective/scores": float(scores.mean()),

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer import ranks
+
 IGNORE = -100
 
 
@@ -106,6 +108,8 @@ def split(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
         >>> split([3, 3, 5, 9, 1], max_tokens=8)
         [[0, 1], [2], [3], [4]]
     """
+    # Several ranks want a micro-batch each.
+    max_tokens = min(max_tokens, -(-sum(sizes) // ranks.count()))
     parts: list[list[int]] = []
     room = -1
     for i, size in enumerate(sizes):

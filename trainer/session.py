@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
-from trainer import fingerprint
+from trainer import fingerprint, ranks
 from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.config_file import plain, versions
 from trainer.log import RunLog, alone
@@ -117,6 +117,8 @@ class Session:
         Raises:
             OSError: The disk is full, or worse. The run can be resumed where there is room.
         """
+        if ranks.mine() > 0:
+            return  # the first rank does
         path = self.cfg.out / name
         try:
             model.save(path)
@@ -156,7 +158,7 @@ class Session:
     def _save(self, mark: Mark) -> bool:
         """Saves; if that fails, says so, and the run goes on with the checkpoint it has."""
         name = f"step-{mark.step:07d}" + (f".{mark.part:05d}" if mark.part else "")
-        if name == self._saved:
+        if name == self._saved or ranks.mine() > 0:
             return True
         try:
             self.log.sync()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rlhf_kernels as rk
+from trainer import ranks
 from trainer.guard import NotFinite, save_batch
 from trainer.models import Policy, ScalarModel, load_policy, load_scalar, scalar_from
 from trainer.signals import signals
@@ -130,16 +131,19 @@ class Optimizer:
             NotFinite: After three such steps in a row; the batch is saved in the run folder.
         """
         sums: dict[str, float] = {}
-        losses: list[float] = []
+        losses = [0.0] * len(batches)
         with signals.interruptible():
-            for batch, weight in zip(batches, weights, strict=True):
+            for i, (batch, weight) in ranks.share(zip(batches, weights, strict=True)):
                 out = loss(batch)
                 out.loss.backward()
-                losses.append(float(out.loss.detach()))
+                losses[i] = float(out.loss.detach())
                 for name, x in out.metrics.items():
                     sums[name] = sums.get(name, 0.0) + float(x) * weight
+            ranks.sum_gradients(self.parameters)
+            sums = ranks.total({"loss": sum(losses), **{f"of/{name}": x for name, x in sums.items()}})
+            whole = sums.pop("loss")
             norm = nn.utils.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm)
-            finite = bool(torch.isfinite(norm)) and math.isfinite(sum(losses))
+            finite = bool(torch.isfinite(norm)) and math.isfinite(whole)
         lr = self.lr
         for group in self.adam.param_groups:
             group["lr"] = lr
@@ -151,8 +155,8 @@ class Optimizer:
         if self.skipped_in_a_row == MAX_SKIPS:
             self._give_up(batches, losses, float(norm))
         self.adam.zero_grad()
-        averages = {name: x / max(sum(weights), 1e-9) for name, x in sums.items()}
-        return averages | {"loss": sum(losses), "grad_norm": float(norm), "lr": lr, "skipped": float(self.skipped)}
+        averages = {name.removeprefix("of/"): x / max(sum(weights), 1e-9) for name, x in sums.items()}
+        return averages | {"loss": whole, "grad_norm": float(norm), "lr": lr, "skipped": float(self.skipped)}
 
     def _give_up(self, batches: Sequence[Any], losses: list[float], norm: float) -> NoReturn:
         bad = [n for n, p in self.named.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
@@ -192,7 +196,8 @@ def prepare(cfg: StageConfig) -> torch.device:
     np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(auto if cfg.device == "auto" else cfg.device)
+    kind = auto if cfg.device == "auto" else cfg.device
+    return torch.device(kind, ranks.local()) if kind == "cuda" and ranks.count() > 1 else torch.device(kind)
 
 
 def generator(cfg: StageConfig, stream: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks as check
 from rlhf_kernels.backends import resolve
+from rlhf_kernels.backends.vocab_parallel import VocabParallel
 from rlhf_kernels.engine.kept import Kept
 from rlhf_kernels.types import Backend, Head, HeadOptions, Reference, Tile
 
@@ -143,6 +144,37 @@ def _temperature(value: float | Tensor, targets: Tensor, per_position: int, hidd
     return value.reshape(-1).to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
 
 
+def _parallel(backend: Backend, width: int, ref: RefArgument, options: HeadOptions) -> VocabParallel | None:
+    """This rank's share in a head that is spread over ranks."""
+    group, vocab = options.get("tp_group"), options.get("vocab_size")
+    if group is None:
+        return None
+    check.wants(vocab is None or (isinstance(vocab, int) and vocab > 0), "vocab_size", vocab, "1 or more, or None")
+    check.wants(ref is None, "tp_group", "a group", "None with an exact KL, which needs both heads whole")
+    tolerance = options.get("tolerance")
+    check.wants(tolerance is None, "tolerance", tolerance, "None where the head is spread over ranks")
+    return VocabParallel.of(backend, group, width, vocab)
+
+
+def _columns(width: int, parallel: VocabParallel | None, asked: int | None) -> int:
+    """How many rows of the weight exist."""
+    if parallel is None:
+        vocab = width if asked is None else asked
+        fits = isinstance(vocab, int) and 0 < vocab <= width
+        check.wants(fits, "vocab_size", vocab, f"1 to {width}, the rows of weight")
+        return vocab
+    check.wants(parallel.everyone, "vocab_size", asked, "columns for every rank of tp_group")
+    return parallel.columns
+
+
+def _agreed(parallel: VocabParallel, width: int, device: torch.device, *facts: int) -> None:
+    """Ranks that do not agree on a call would wait for each other for ever, so all of them hear of it."""
+    fits = parallel.columns <= width
+    same = parallel.same(int(fits), *facts, device=device)
+    check.wants(fits, "weight", f"{width} rows", f"{parallel.columns}, this rank's of {parallel.vocab}")
+    check.holds(same, "tp_group: wants the same targets, vocab_size and max_bytes, and enough weight, on all its ranks")
+
+
 def prepare(
     hidden: Tensor,
     weight: Tensor | None,
@@ -166,9 +198,9 @@ def prepare(
     else:
         check.head_arguments(hidden, weight, targets, per_position)
     width = hidden.shape[-1] if weight is None else weight.shape[0]
-    asked = options.get("vocab_size")
-    vocab = width if asked is None else asked
-    check.wants(isinstance(vocab, int) and 0 < vocab <= width, "vocab_size", vocab, f"1 to {width}, the rows of weight")
+    backend = resolve(options.get("backend", "auto"), hidden.device, hidden.dtype)
+    parallel = _parallel(backend, width, ref, options)
+    vocab = _columns(width, parallel, options.get("vocab_size"))
     built = _head(hidden, weight, vocab, options)
     reference = _reference(ref, ref_head, direction, hidden, vocab, options)
     temperature = _temperature(options.get("temperature", 1.0), targets, per_position, hidden)
@@ -187,7 +219,6 @@ def prepare(
     )
 
     tolerance = options.get("tolerance")
-    backend = resolve(options.get("backend", "auto"), hidden.device, hidden.dtype)
     if tolerance is not None:
         check.wants(check.is_number(tolerance) and 0 < tolerance < 1, "tolerance", tolerance, "above 0 and below 1")
         check.wants(weight is not None, "tolerance", tolerance, "None where there is no head, and no product to save")
@@ -204,10 +235,13 @@ def prepare(
     clean, partly, kept = _kept(flat, options.get("ignore_index", -100), most or None)
     rows_of_hidden = hidden.detach().reshape(-1, hidden.shape[-1])
     with_checks = options.get("checks", True)
+    if with_checks and parallel is not None:
+        _agreed(parallel, width, hidden.device, kept.rows, max_bytes, int(clean.sum()) if clean.is_cpu else 0)
     if with_checks and kept.rows:
+        most = (vocab if parallel is None else parallel.vocab) - 1
         check.holds(
-            ((clean >= 0) & (clean < vocab)).all(),
-            f"targets: got ids from {int(clean.min())} to {int(clean.max())}, wants 0 to {vocab - 1} or ignore_index"
+            ((clean >= 0) & (clean <= most)).all(),
+            f"targets: got ids from {int(clean.min())} to {int(clean.max())}, wants 0 to {most} or ignore_index"
             if not clean.is_cuda
             else "targets: an id is outside the vocabulary",
         )
@@ -222,7 +256,7 @@ def prepare(
         kept=kept,
         temperature=temperature,
         reference=reference,
-        backend=backend,
+        backend=backend if parallel is None else parallel,
         max_bytes=max_bytes,
         checks=with_checks,
         weight_grad=weight_grad,

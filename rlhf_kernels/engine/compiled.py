@@ -23,6 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 HEADS = ("hidden", "weight", "bias", "logits", "ref", "ref_hidden", "ref_weight")  # what autocast casts
 NO_BUFFER = "rlhf_kernels: weight_grad is added to in place, so such a call is not part of a compiled graph"
+NO_GROUP = "rlhf_kernels: ranks meet in a call with tp_group, so it is not part of a compiled graph"
 NO_OBJECTIVE = "rlhf_kernels: fused_loss calls the caller's objective, so it is not part of a compiled graph"
 
 
@@ -74,6 +75,12 @@ def _node(op: Callable[..., list[Tensor]], public: str, names: tuple[str, ...], 
     return op(flat.tensors, flat.ints, f"({public!r}, {names!r}, [{given}])")
 
 
+def _why_apart(arguments: Arguments) -> str:
+    if arguments.get("tp_group") is not None:
+        return NO_GROUP
+    return "" if arguments.get("weight_grad") is None else NO_BUFFER
+
+
 def _outside(fn: Callable[..., Any], why: str) -> Callable[..., Any]:
     """Leave the graph for one eager call."""
     torch._dynamo.graph_break(msg=why)
@@ -95,8 +102,9 @@ def compilable_loss(*metrics: str, **optional: tuple[str, ...]) -> Callable[[F],
             if not torch.compiler.is_compiling():
                 return fn(*args, **kwargs)
             arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
-            if arguments.get("weight_grad") is not None:
-                return _outside(fn, NO_BUFFER)(*args, **kwargs)
+            why = _why_apart(arguments)
+            if why:
+                return _outside(fn, why)(*args, **kwargs)
             names = metrics
             for name, needs in optional.items():
                 if any(_given(arguments.get(need)) for need in needs):
@@ -120,8 +128,9 @@ def compilable_statistics(*fields: str) -> Callable[[F], F]:
             if not torch.compiler.is_compiling():
                 return fn(*args, **kwargs)
             arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
-            if arguments.get("weight_grad") is not None:
-                return _outside(fn, NO_BUFFER)(*args, **kwargs)
+            why = _why_apart(arguments)
+            if why:
+                return _outside(fn, why)(*args, **kwargs)
             arguments.pop("overwrite", None)  # a permission; the compiler plans its own memory
             found = _node(statistics_op, public, fields, arguments)
             if len(fields) == 1:

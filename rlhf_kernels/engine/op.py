@@ -35,9 +35,9 @@ class _TokenStats(torch.autograd.Function):
         if keep:
             ctx.save_for_backward(hidden, weight, bias)
             ctx.call, ctx.span, ctx.given_up = call, span, False
-        outputs = tuple(x for x in span.stats if x is not None)
-        full = tuple(_scatter(x, call) for x in outputs)
-        ctx.mark_non_differentiable(full[4])
+        full = tuple(None if x is None else _scatter(x, call) for x in span.stats)
+        if full[4] is not None:
+            ctx.mark_non_differentiable(full[4])
         return full
 
     @staticmethod
@@ -88,13 +88,13 @@ def _scatter(x: Tensor, call: Call) -> Tensor:
 
 def _gather(upstream: tuple[Tensor | None, ...], call: Call) -> Grads:
     """From all rows to kept rows; what nobody asked for is None."""
-    logp, entropy, lse, mean_logit, _, *kl = (None if g is None else call.kept.pick(g, 0, call.rows) for g in upstream)
+    logp, entropy, lse, mean_logit, _, kl = (None if g is None else call.kept.pick(g, 0, call.rows) for g in upstream)
     if logp is None:
         dtype, device = stats_dtype(call.hidden.dtype), call.hidden.device
         logp = torch.zeros(call.rows, call.targets.shape[1], dtype=dtype, device=device)
     elif call.ignored is not None:
         logp = logp.masked_fill(call.kept.pick(call.ignored, 0, call.rows), 0.0)
-    return Grads(logp, entropy, lse, mean_logit, kl[0] if kl else None)
+    return Grads(logp, entropy, lse, mean_logit, kl)
 
 
 def _run(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> tuple[Tensor, ...]:
@@ -114,8 +114,7 @@ def _statistics(
     call = replace(call, overwrite=overwrite)
     logp, *rest = _run(hidden, weight, bias, call)
     shape = hidden.shape[:-1]
-    logp = logp.reshape(targets.shape)
-    return TokenStats(logp, *(x.view(shape) for x in rest))
+    return TokenStats(logp.reshape(targets.shape), *(None if x is None else x.view(shape) for x in rest))  # type: ignore[arg-type]
 
 
 @compilable_statistics("logp", "entropy", "lse", "mean_logit", "top1")

@@ -1,0 +1,114 @@
+"""Several processes on one run, as ``torchrun`` starts them: ranks share the micro-batches of a step.
+
+Everything else is the same everywhere: every rank reads the data, samples, scores and steps its own copy of the models,
+so that nothing depends on how many there are, and a checkpoint can be resumed on any number. Only the first rank's run
+folder is real; the others work in a folder of their own that is gone afterwards. A model has to fit on each device.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # for one another: a rollout may take long on one of them
+
+
+def count() -> int:
+    """How many processes work on this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def mine() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+
+
+def local() -> int:
+    """Which of those on this machine: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if count() > 1 else 0
+
+
+def placed(config: T, *, resume: bool = False) -> T:
+    """The configuration of a run as this rank follows it; meets the others.
+
+    Args:
+        config: With the run folder in ``out``.
+        resume: Other ranks start from a copy of what is there.
+    """
+    if count() == 1:
+        return config
+    import torch
+    import torch.distributed as dist
+
+    cuda = getattr(config, "device", "cpu") != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local())
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        atexit.register(dist.destroy_process_group)
+    if mine() > 0:
+        folder = Path(tempfile.mkdtemp(prefix="rlhf-train-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        if resume:
+            shutil.copytree(config.out, folder, dirs_exist_ok=True)  # type: ignore[attr-defined]
+        config = dataclasses.replace(config, out=folder, quiet=True)  # type: ignore[type-var]
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one voice is enough, to the end of the process
+    dist.barrier()  # nobody changes the folder before all have seen it
+    return config
+
+
+def share(parts: Iterable[T]) -> list[tuple[int, T]]:
+    """This rank's micro-batches of a step, with their numbers."""
+    return [(i, part) for i, part in enumerate(parts) if i % count() == mine()]
+
+
+def total(found: dict[str, Any]) -> dict[str, Any]:
+    """Numbers by name, summed over ranks in their order; a name that one rank does not know counts zero there."""
+    if count() == 1:
+        return found
+    import torch.distributed as dist
+
+    told: list[Any] = [None] * count()
+    dist.all_gather_object(told, found)
+    names = dict.fromkeys(name for one in told for name in one)
+    return {name: sum(one.get(name, 0.0) for one in told) for name in names}
+
+
+def from_first(found: T) -> T:
+    """What the first rank has found, lest a coin fall differently on another device."""
+    if count() == 1:
+        return found
+    import torch.distributed as dist
+
+    told = [found]
+    dist.broadcast_object_list(told)
+    return told[0]
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Every parameter's gradient, summed over ranks; where nobody has one it stays away."""
+    if count() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    parameters = list(parameters)
+    device = parameters[0].device
+    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=device)
+    dist.all_reduce(there, dist.ReduceOp.MAX)
+    for p, somewhere in zip(parameters, there.tolist(), strict=True):
+        if somewhere:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
