@@ -123,7 +123,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--nats", type=float, default=0.5, help="mean entropy of the rows")
+    parser.add_argument(
+        "--nats", type=float, default=0.5, help="mean entropy of the rows, inf for uniform ones"
+    )
+    parser.add_argument("--all-rows", action="store_true", help="no prompts, and every row with a gradient")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--kept", action="store_true", help="give peers the rows that count only")
@@ -132,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     batch, truth = draw(SHAPES[args.shape], DTYPES[args.dtype], nats=args.nats)
-    op = "sparse_kept" if args.kept else "sparse"
+    op = "train" if args.all_rows else "sparse_kept" if args.kept else "sparse"
     batch, _ = for_op(op, batch, truth)
     result = {
         "environment": environment(args.threads, None),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import rlhf_kernels as rk
+from tests.fault_worlds import config, train, world
 from tests.trainer_worlds import LETTERS, lines, ragged, small_policy, small_scalar, write
 from trainer import ppo, reward, sft
 from trainer.models import load_policy, load_scalar
@@ -167,3 +168,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_stops_the_third_time(
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
         optimizer.step([0], bad, [1])
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
+def test_a_tolerance_reaches_the_loss_and_the_log(tmp_path, stage):
+    world(tmp_path)
+    train(config(stage, tmp_path, tmp_path / "exact"))
+    train(config(stage, tmp_path, tmp_path / "near", tolerance=0.2))
+    exact, near = (lines(tmp_path / run / "metrics.jsonl") for run in ("exact", "near"))
+    assert all(row["tolerance/lost"] <= 0.2 for row in near)
+    assert all(row["tolerance/dense"] == pytest.approx(1.0) for row in near), "36 tokens are too few to leave any out"
+    assert not any("tolerance" in key for row in exact for key in row)
+
+
+def test_a_tolerance_out_of_range_is_refused(tmp_path):
+    world(tmp_path)
+    with pytest.raises(ValueError, match=r"tolerance: got 1\.5, want a number above 0 and below 1"):
+        train(config("sft", tmp_path, tmp_path / "run", tolerance=1.5))

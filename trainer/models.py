@@ -57,6 +57,8 @@ class Seen(nn.Module):
 class Policy(Seen):
     """A causal language model of transformers with a plain linear head."""
 
+    tolerance: float | None = None  # of its losses
+
     @property
     def weight(self) -> Tensor:
         """Weight of the head, [V, H]."""
@@ -69,6 +71,7 @@ class Policy(Seen):
         options: dict[str, Any] = {"bias": self.model.get_output_embeddings().bias}
         softcap = getattr(config, "final_logit_softcapping", None)
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        options |= {} if self.tolerance is None else {"tolerance": self.tolerance}
         return options | ({"softcap": softcap} if softcap else {}) | ({"logit_scale": scale} if scale != 1.0 else {})
 
     def hidden(self, packed: Packed) -> Tensor:

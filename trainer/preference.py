@@ -18,7 +18,7 @@ from trainer.log import RunLog
 from trainer.models import Policy
 from trainer.replies import Part, Reference, Replies, Totals, Unit, parts_of, reference_model, totals_of
 from trainer.session import Session
-from trainer.stage import Optimizer, StageConfig, autocast, policy_for, prepare
+from trainer.stage import Optimizer, TokenConfig, autocast, policy_for, prepare
 from trainer.state import Progress
 
 NAMES = {
@@ -31,7 +31,7 @@ NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceConfig(StageConfig):
+class PreferenceConfig(TokenConfig):
     """Options of every stage that learns from preferences."""
 
     batch_size: int = 64

@@ -40,8 +40,10 @@ def named(history: list[dict[str, float]]) -> dict[str, float]:
         "val/grad_norm": "value/grad_norm",
         "loss/ptx_avg": "ptx",
         "loss/kl_avg": "kl",
+        "tolerance/lost": "tolerance/lost",
+        "tolerance/dense": "tolerance/dense",
     }
-    return metrics | {name: mean(key) for name, key in there.items() if key in history[0]}
+    return metrics | {name: mean(key) for name, key in there.items() if any(key in h for h in history)}
 
 
 def show(cfg: RLConfig, log: RunLog, policies: dict[str, Policy], prompts: list[str]) -> None:

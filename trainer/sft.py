@@ -20,13 +20,13 @@ from trainer.log import RunLog
 from trainer.models import Policy
 from trainer.packing import Packed, Sample, pack, split
 from trainer.session import Session
-from trainer.stage import Optimizer, StageConfig, autocast, policy_for
+from trainer.stage import Optimizer, TokenConfig, autocast, policy_for
 from trainer.state import Progress
 from trainer.text import Note, encode_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(StageConfig):
+class SFTConfig(TokenConfig):
     """Supervised fine-tuning on {"prompt", "response"} records."""
 
     label_smoothing: float = 0.0

@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainer.stage import StageConfig
+from trainer.stage import TokenConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOptions(StageConfig):
+class RewardOptions(TokenConfig):
     """Options of rewards."""
 
     reward: str | tuple[str, ...]

@@ -68,6 +68,14 @@ class StageConfig:
     """Show no progress."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenConfig(StageConfig):
+    """Options of every stage whose loss meets the language-model head."""
+
+    tolerance: float | None = None
+    """Share that the gradient of a token's logits may lose for speed, such as 0.001; by default nothing is left out."""
+
+
 class Optimizer:
     """AdamW for one model, with its schedule, clipping and a guard against losses and gradients that are not finite."""
 
@@ -185,6 +193,9 @@ def check(cfg: StageConfig) -> None:
         raise ValueError(f"save_every: got {cfg.save_every}, want at least 1, or None")
     if not (cfg.lr > 0 and math.isfinite(cfg.lr)):
         raise ValueError(f"lr: got {cfg.lr}, want a positive number")
+    tolerance = getattr(cfg, "tolerance", None)
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ValueError(f"tolerance: got {tolerance}, want a number above 0 and below 1, or None")
     if not cfg.max_grad_norm > 0:
         raise ValueError(f"max_grad_norm: got {cfg.max_grad_norm}, want a positive number, or inf for no limit")
 
@@ -208,6 +219,9 @@ def generator(cfg: StageConfig, stream: int, device: torch.device | str = "cpu")
 def policy_for(cfg: StageConfig, texts: Sequence[str], device: torch.device) -> Policy:
     """The model of the configuration; a tiny one learns its tokenizer from ``texts``."""
     policy = tiny_policy(byte_tokenizer(texts), cfg.seed) if cfg.model == "tiny" else load_policy(cfg.model)
+    policy.tolerance = getattr(cfg, "tolerance", None)
+    if policy.tolerance is not None and device.type != "cpu":
+        raise ValueError(f"tolerance: got {policy.tolerance}, want None on {device}, whose kernels leave nothing out")
     return policy.to(device)
 
 
