@@ -4,11 +4,13 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 TRAIN := $(VENV)/.ready-train
 TEST := $(VENV)/.ready-test
+PEERS := $(VENV)/.ready-peers
+DOCS := $(VENV)/.ready-docs
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # libgomp spins while it waits; on a busy machine that turns microseconds into milliseconds
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all test-peers lint bench docs clean
 
 demo: $(TRAIN)
 	$(VENV)/bin/rlhf-train demo --out runs/demo --overwrite
@@ -32,6 +34,14 @@ lint: $(TEST)
 	$(VENV)/bin/pyright --pythonpath $(PY)
 	$(VENV)/bin/lint-imports
 
+# the adapters beside the packages that they adapt
+test-peers: $(PEERS)
+	PYTHONPATH=$(VENV)/peers OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "" tests/peers tests/test_integration_peft.py
+
+# a site in build/site, from docs/, README and docstrings
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
 bench: $(TEST)
 	$(PY) -m pytest benchmarks/ --benchmark-only -q
 
@@ -47,6 +57,18 @@ $(TRAIN): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.* csrc/*/*.*
 $(TEST): $(TRAIN)
 	@echo "Adding what the tests and linters need."
 	@$(INSTALL) -e ".[train,test,bench,lint,triton]"
+	@touch $@
+
+# The wheels of openrlhf and verl bring folders named like ours, so they stay out of site-packages.
+$(PEERS): $(TEST)
+	@$(INSTALL) -e ".[peers]"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/peers \
+		openrlhf==0.11.2 verl==0.9.1
+	@rm -rf $(VENV)/peers/tests $(VENV)/peers/scripts
+	@touch $@
+
+$(DOCS): $(TEST)
+	@$(INSTALL) -e ".[docs]"
 	@touch $@
 
 clean:

@@ -19,6 +19,7 @@ from tests.trainer_commands import command
 from tests.trainer_worlds import lines
 from trainer import ranks
 from trainer.cli import main
+from trainer.packing import split
 
 ROOT = Path(__file__).parent.parent
 QUICK, LONG = ("sft", "ppo"), ("reward", "shared", "grpo", "dpo", "kto")
@@ -105,6 +106,7 @@ def test_a_rank_takes_every_second_part(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert ranks.share("abc") == [(1, "b")]
+    assert len(split([3, 3, 3, 3], max_tokens=100)) == 2, "and there is one for every rank"
 
 
 def test_alone_nothing_is_summed():

@@ -269,7 +269,7 @@ def prepare(
 def cast_inputs(*tensors: Tensor | None) -> list[Tensor | None]:
     """Under autocast, the head runs in autocast's dtype, as ``F.linear`` would."""
     device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "none")
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
 

@@ -1,0 +1,27 @@
+"""For the generator of the site: README, CONTRIBUTING and CHANGELOG are pages too; links from them are put right."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+ROOT = Path(__file__).parent.parent
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds the pages that lie at the top of the repository."""
+    for name, page in PAGES.items():
+        text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        for other, moved in PAGES.items():
+            text = text.replace(f"]({other})", f"]({moved})")
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Blocks that doctest runs end in an empty line, which a reader need not see."""
+    return re.sub(r"\n\n```\n", "\n```\n", markdown)
