@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -172,9 +173,12 @@ def test_pytest_collects_the_grid_and_prints_one_table(tmp_path):
     out = tmp_path / "rows.json"
     command = ["-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-k"]
     chosen = "sft-fp32 and (rk or GEMM or (torch and not compile) or quack)"
+    # a worker of xdist tells its children that they are workers too, and those do not measure
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, *command, chosen, "--table-out", str(out)],
         cwd=ROOT,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=300,
