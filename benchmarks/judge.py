@@ -125,7 +125,8 @@ def verdict(
         if name.endswith("_scale"):
             limit = scales.get(name, gradients * (0.06 if rounded else 1e-3))
         else:
-            limit = limits.get(name, gradients * (0.1 if rounded else 1e-3) * (2 if name.endswith("_max") else 1))
+            # where rows cancel each other, plain float32 is off by 1e-3 of what is left
+            limit = limits.get(name, gradients * (0.1 if rounded else 5e-3) * (2 if name.endswith("_max") else 1))
         if math.isnan(x) or x > limit:
             over.append(name)
     return f"wrong: {', '.join(over)}" if over else "ok"

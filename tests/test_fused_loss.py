@@ -115,3 +115,37 @@ def test_metrics_are_sums_over_counts(backend):
         assert abs(out.metrics["entropy"].double() - exact) < 1e-5
         assert not out.metrics["entropy"].requires_grad
         assert not out.loss.requires_grad, "nothing required a gradient"
+
+
+def test_rows_that_fit_beside_no_accumulator_are_taken_at_once(monkeypatch):
+    """One span writes a bfloat16 gradient of the weight; several would hold it in float32 meanwhile."""
+    from rlhf_kernels.backends import eager
+
+    seen: list[int] = []
+    forward = eager.forward
+
+    def counted(tile):
+        seen.append(len(tile.hidden))
+        return forward(tile)
+
+    monkeypatch.setattr(eager, "forward", counted)
+
+    def spans(dtype: torch.dtype, rows: int, **options) -> list[int]:
+        seen.clear()
+        hidden, weight = torch.randn(rows, 64, dtype=dtype), torch.randn(4096, 64, dtype=dtype)
+        hidden.requires_grad_(), weight.requires_grad_(options.pop("train_head", True))
+        buffer = torch.zeros(4096, 64) if options.pop("buffer", False) else None
+        budget = 4 * eager.residual_bytes(eager_tile)
+        call = {"backend": "eager", "max_bytes": budget, "weight_grad": buffer}
+        rk.sft_loss(hidden, weight, torch.arange(rows), **call).loss.backward()
+        return list(seen)
+
+    from rlhf_kernels.types import Head, Tile
+
+    eager_tile = Tile(torch.empty(0, 64), Head(torch.empty(4096, 64)), torch.empty(0, 1, dtype=torch.long), 1.0)
+    fit = 4 + 4 * 4096 * 64 // eager.residual_bytes(eager_tile)  # into the budget and V H 4 bytes
+    assert spans(torch.bfloat16, fit) == [fit]
+    assert max(spans(torch.bfloat16, fit + 1)) <= 4
+    assert max(spans(torch.float32, fit)) <= 4
+    assert max(spans(torch.bfloat16, fit, buffer=True)) <= 4
+    assert max(spans(torch.bfloat16, fit, train_head=False)) <= 4

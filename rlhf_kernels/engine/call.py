@@ -40,6 +40,7 @@ class Call:
     hidden: Tensor
     tolerance: float | None = None
     overwrite: bool = False  # the gradient of ready logits takes their place
+    spare: int = 0  # bytes that a call whose rows all fit at once does without elsewhere
 
     def bind(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Call:
         """The same call over these tensors (as autograd gives them back), without their history."""
@@ -75,7 +76,21 @@ class Call:
 
     def tile_rows(self) -> int:
         """How many rows may hold their logits at once."""
-        return max(1, self.max_bytes // max(1, self.backend.residual_bytes(self.tile(0, 0))))
+        each = max(1, self.backend.residual_bytes(self.tile(0, 0)))
+        if self.rows * each <= self.max_bytes + self.spare:
+            return max(1, self.rows)
+        return max(1, self.max_bytes // each)
+
+    def at_once(self) -> Call:
+        """The same, where all rows at once may hold what several spans would need for a bfloat16 weight's gradient.
+
+        Those add it up in float32; a single one writes it, and needs no more memory than they do. Ranks that share a
+        head must cut their rows alike, and their parts differ in size.
+        """
+        weight = self.head.weight
+        if weight is None or weight.dtype != torch.bfloat16 or self.weight_grad is not None:
+            return self
+        return self if isinstance(self.backend, VocabParallel) else replace(self, spare=4 * weight.numel())
 
     def score_rows(self) -> int:
         """How many rows may be scored at once."""

@@ -52,6 +52,7 @@ class Batch:
 
 def _stream(call: Call, batch: Batch, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, dict[str, Tensor], Gradients]:
     """Loss, metrics and gradients; the latter times ``call.loss_scale``."""
+    call = call.at_once() if wanted[1] else call
     into = Gradients.of(call, wanted)
     loss = torch.zeros((), dtype=stats_dtype(call.hidden.dtype), device=call.hidden.device)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
