@@ -102,12 +102,12 @@ def _series(rows: Iterable[Row], x: Callable[[Row], float | None], y: Callable[[
     return found
 
 
-def _fastest(rows: Sequence[Row], *keys: str) -> list[Row]:
-    """Of each contestant's entries of one kind, the fastest."""
+def _least(rows: Sequence[Row], what: str, *keys: str) -> list[Row]:
+    """Of each contestant's entries of one kind, the one with the least of something."""
     best: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         key = who(row), *(row.get(k) for k in keys)
-        if key not in best or row["median_s"] < best[key]["median_s"]:
+        if key not in best or row[what] < best[key][what]:
             best[key] = row
     return list(best.values())
 
@@ -140,7 +140,7 @@ def of(rows: Sequence[Row]) -> dict[str, str]:
     peaked = [r for r in timed if "nats" in r and "text" not in r and r["op"] == "train" and r["dtype"] == "bf16"]
     if len({r["nats"] for r in peaked}) > 1:
         entropy = _series(
-            _fastest(peaked, "nats", "shape"), lambda r: r["nats"], lambda r: 1e3 * r["median_s"]
+            _least(peaked, "median_s", "nats", "shape"), lambda r: r["nats"], lambda r: 1e3 * r["median_s"]
         )  # fmt: skip
         drawn["entropy"] = drawing(
             f"Time against how flat the distributions are, {peaked[0]['shape']}, bfloat16", "mean entropy, nats",
@@ -148,8 +148,11 @@ def of(rows: Sequence[Row]) -> dict[str, str]:
         )  # fmt: skip
     curve = [r for r in right if r["op"] == "memory" and r.get("extra_bytes", 0) > 0]
     if curve:
+        least = _series(
+            _least(curve, "extra_bytes", "tokens"), lambda r: r["tokens"], lambda r: r["extra_bytes"]
+        )  # fmt: skip
         drawn["memory"] = drawing(
-            f"Peak memory beyond inputs and gradients, hidden x vocabulary {curve[0]['head']}, float32", "tokens",
-            "bytes", _series(curve, lambda r: r["tokens"], lambda r: r["extra_bytes"]), y_log=True, lines=True,
+            f"Peak memory beyond inputs and gradients, head {curve[0]['head']}, float32", "tokens",
+            "bytes", least, y_log=True, lines=True,
         )  # fmt: skip
     return drawn
