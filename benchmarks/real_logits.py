@@ -32,7 +32,8 @@ from trainer.tiny import byte_tokenizer
 STEPS, LOOK = 600, (0, 50, 150, 300, 600)
 LENGTH, BATCH, ROWS = 256, 12, 1024
 VOCABULARY, HIDDEN, LAYERS = 8192, 256, 3
-TOLERANCES = (1e-3, 2e-3, 4e-3, 1e-2, 3e-2)
+TOLERANCES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+TOLERANCE = 2e-4  # whose tiles are counted
 THRESHOLDS = tuple(10.0**-k for k in range(1, 8))
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 TILE = (64, 128)
@@ -45,19 +46,20 @@ def read(path: Path) -> list[str]:
 
 
 def entries(p: Tensor, targets: Tensor) -> tuple[dict[str, list[float]], Tensor]:
-    """For each tolerance: quantiles over tokens of how many entries of onehot - p it leaves, and the least of them."""
+    """For each tolerance: quantiles over tokens of how many entries of onehot - p it leaves; and those of TOLERANCE."""
     g = -p
-    g[torch.arange(len(p)), targets] += 1
-    energy = g.square().sort(1, descending=True).values
-    total = energy.sum(1, keepdim=True)
-    rest = (total - energy.cumsum(1)).clamp(min=0)
-    found, least = {}, torch.zeros(0)
+    rows = torch.arange(len(p))
+    g[rows, targets] += 1
+    energy, order = g.square().sort(1, descending=True)
+    rest = F.pad(energy.flip(1).cumsum(1).flip(1), (0, 1))  # of all but the first none, one, two ...
+    found, kept = {}, torch.zeros(0)
     for tolerance in TOLERANCES:
-        count = (rest > tolerance**2 * total).sum(1) + 1
+        count = (rest > tolerance**2 * g[rows, targets].square().mean()).sum(1)
         found[f"{tolerance:g}"] = torch.quantile(count.double(), torch.tensor(QUANTILES).double()).tolist()
-        if tolerance == 2e-3:
-            least = energy.gather(1, count[:, None] - 1).sqrt()
-    return found, g.abs() >= least
+        if tolerance == TOLERANCE:
+            first = torch.arange(p.shape[1]) < count[:, None]
+            kept = torch.zeros_like(first).scatter_(1, order, first)
+    return found, kept
 
 
 def tiles(kept: Tensor, order: Tensor) -> float:
@@ -156,8 +158,9 @@ def study(texts: Sequence[str], seed: int) -> dict[str, Any]:
             stages[step] = {"held-out text": look(states[picked], weight, target[picked], frequent)}
             hidden, tokens = sampled(model, held[:16, :32], ROWS // 16)
             stages[step]["its own samples"] = look(hidden, weight, tokens, frequent)
-            brief = {name: (round(x["nll"], 2), x["entries"]["0.002"][2]) for name, x in stages[step].items()}
-            print(f"step {step}: (nll, median entries at 0.002) {brief}", flush=True)
+            at = f"{TOLERANCE:g}"
+            brief = {name: (round(x["nll"], 2), x["entries"][at][2]) for name, x in stages[step].items()}
+            print(f"step {step}: (nll, median entries at {at}) {brief}", flush=True)
         batch = windows[torch.randint(len(windows), (BATCH,))]
         states = model.model(batch[:, :-1]).last_hidden_state
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 50)
@@ -174,7 +177,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
     for name in ("held-out text", "its own samples"):
         stages = [stage[name] for stage in result["stages"].values()]
         lines = [
-            Line(f"{t:g}", i, steps, [s["entries"][f"{t:g}"][2] for s in stages]) for i, t in enumerate(TOLERANCES[:4])
+            Line(f"{t:g}", i, steps, [s["entries"][f"{t:g}"][2] for s in stages]) for i, t in enumerate(TOLERANCES[:5])
         ]
         slug = name.replace(" ", "-")
         title = f"entries that matter of {result['vocabulary']}, {name} (median token, by tolerance)"

@@ -29,7 +29,7 @@ from benchmarks.objectives import LOSSES
 from benchmarks.peers import Skipped
 from benchmarks.report import environment
 
-TOLERANCES = (None, 5e-4, 1e-3, 2e-3, 4e-3)
+TOLERANCES = (None, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 Gradients = tuple[Tensor, Tensor]
 
 

@@ -22,7 +22,7 @@ from trainer.evaluate import win_rate
 from trainer.models import Policy
 from trainer.pairs import DPOConfig, dpo
 
-TOLERANCE = 0.002
+TOLERANCE = 0.0002
 MEASURES = ("sft_exact", "sft_judge", "ppo_judge", "ppo_win_rate", "dpo_judge", "dpo_win_rate")
 
 

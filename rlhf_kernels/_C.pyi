@@ -67,7 +67,7 @@ def head_backward(
 ) -> None: ...  # fmt: skip
 def head_select(
     work: Work, index: int, z: Strip, z_reference: Strip, transform: Transform, targets: Targets, sums: Sums,
-    upstream: UpstreamGrads, tolerance: float, most: int, counts: int, lost: int, norm: int, /,
+    upstream: UpstreamGrads, allowed: float, floor: int, most: int, counts: int, lost: int, norm: int, /,
 ) -> None: ...  # fmt: skip
 def head_sparse(
     dtype: Dtype, policy: Head, work: Work, index: int, logits: Strip, counts: int, sinks: Sinks, /,

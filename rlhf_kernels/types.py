@@ -54,7 +54,7 @@ class HeadOptions(TypedDict, total=False):
     max_bytes: int | None  # most scratch and stash, in bytes, whatever the number of tokens
     weight_grad: Tensor | None  # [V, H] float32: the head's gradient is added here and weight.grad stays None
     loss_scale: float  # with weight_grad: the factor that the loss will be multiplied by before backward
-    tolerance: float | None  # share (L2) that the gradient of a row's logits may lose; None: nothing is left out
+    tolerance: float | None  # share (L2) of their gradient that logits may lose; None: nothing is left out
     tp_group: Any  # torch.distributed.ProcessGroup whose ranks hold the rows of weight, in order; None: all are here
     max_targets: int | None  # at least the targets that are not ignored: then no call waits for the GPU to count them
     checks: bool  # look into the data (targets in range, nothing NaN)
@@ -128,15 +128,16 @@ class Sinks(NamedTuple):
 class Entries(NamedTuple):
     """What is left of the gradients of some rows' logits where a tolerance allows to leave out the rest."""
 
-    rows: Tensor  # [s] int64 rows of the tile
+    rows: Tensor  # [s] int64 rows of the tile; those neither here nor in ``others`` keep nothing
     others: Tensor  # [o] int64 rows of the tile that keep everything
-    lost: Tensor  # float64 squared norm of what was left out, of each row that was looked at, in no order
-    norm: Tensor  # float64 squared norm of everything, in the same
+    lost: Tensor  # float64 squared norm of what was left out (at least), of each row that was judged, in no order
+    norm: Tensor  # float64 squared norm of everything (at most), of the same
     kept: Any  # the backend's own business
 
-    def beside(self, rows: Tensor) -> Entries:
-        """With more rows that keep everything."""
-        return self._replace(others=torch.cat([self.others, rows]).sort().values)
+    def with_unseen(self, whole: Tensor, lost: Tensor, norm: Tensor) -> Entries:
+        """With more rows that keep everything, and what rows lose that nobody has looked at."""
+        others = torch.cat([self.others, whole]).sort().values
+        return self._replace(others=others, lost=torch.cat([self.lost, lost]), norm=torch.cat([self.norm, norm]))
 
 
 class Backend(Protocol):
@@ -166,6 +167,10 @@ class Backend(Protocol):
 
 class SparseBackend(Backend, Protocol):
     """One that can leave out what a tolerance allows."""
+
+    def entries_bytes(self, tile: Tile) -> int:
+        """Bytes per row that ``select`` and ``multiply`` need beside the residual."""
+        ...
 
     def select(
         self, tile: Tile, residual: Any, stats: TokenStats, grads: Grads, rows: Tensor | None, tolerance: float

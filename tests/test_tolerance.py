@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 import rlhf_kernels as rk
 from rlhf_kernels import reference
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # a program at a time, so that a few cases must do
 V = 640  # columns of an identity head: the gradient of its hidden states is that of the logits
 
 
@@ -57,16 +59,29 @@ def drawn(kind: str, n: int, seed: int) -> tuple[Tensor, Tensor]:
 KINDS = ("plain", "peaked", "certain", "flat", "steep", "steps", "far")
 
 
-def assert_bound(found: Tensor, exact: Tensor, tolerance: float, rounding: float) -> None:
-    """Row by row: what is missing, relative to the row."""
+def cases(*all_of_them, interpreted):
+    return interpreted if INTERPRETED else list(all_of_them)
+
+
+@pytest.fixture
+def backend(backend, request):
+    """Which way the forward went makes no difference to what is left out."""
+    if INTERPRETED and "fused" in request.node.name:
+        pytest.skip("the other way does")
+    return backend
+
+
+def assert_bound(found: Tensor, exact: Tensor, tolerance: float, rounding: float, noise: Tensor | float = 0.0) -> None:
+    """Row by row: what is missing, relative to the root mean square row. ``noise``: that of p - 1 near certainty."""
     lost, norm = (found - exact).norm(dim=1), exact.norm(dim=1)
-    worst = ((lost - rounding * norm) / norm.clamp(min=1e-300))[norm > 0]
-    assert (worst <= tolerance).all(), f"{worst.max():.2e} of a row is missing, {tolerance} was allowed"
+    typical = norm[norm > 0].square().mean().sqrt()
+    worst = ((lost - rounding * norm - noise) / typical.clamp(min=1e-300)).max()
+    assert worst <= tolerance, f"{worst:.2e} of a row is missing, {tolerance} was allowed"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tolerance", [1e-3, 2e-2, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("kind", cases(*KINDS, interpreted=["peaked", "steps"]))
+@pytest.mark.parametrize("tolerance", cases(1e-3, 2e-2, 0.3, interpreted=[0.3]))
+@pytest.mark.parametrize("dtype", cases(torch.float32, torch.bfloat16, torch.float16, interpreted=[torch.bfloat16]))
 def test_no_row_loses_more_than_allowed(backend, kind, tolerance, dtype):
     z, targets = drawn(kind, 40, seed=1)
     z = z.to(dtype)
@@ -78,6 +93,38 @@ def test_no_row_loses_more_than_allowed(backend, kind, tolerance, dtype):
     assert_bound(found, exact, tolerance, 2 * rounding)
     if tolerance == 0.3 and kind not in ("flat", "plain"):  # these keep everything
         assert (found == 0).float().mean() > 0.1, "nothing was left out: the test proves nothing"
+
+
+LOUD = torch.tensor([1e3, 1.0, 1e-3, 1e-6, 0.0, -1.0])  # rows that matter, and rows that hardly do
+
+
+@pytest.mark.parametrize("what", ["several ids", "entropy", "reverse", "forward"])
+@pytest.mark.parametrize("softcap", cases(None, 12.0, interpreted=[12.0]))
+@pytest.mark.parametrize("tolerance", cases(1e-3, 0.1, interpreted=[0.1]))
+def test_the_bound_holds_for_all_that_a_head_can_have(backend, what, softcap, tolerance):
+    """Exact KL, entropy, several ids, softcap, scale, bias and temperatures, in rows of very different size."""
+    z, targets = drawn("peaked", 24, seed=9)
+    rng = torch.Generator().manual_seed(2)
+    bias, ref = torch.randn(V, generator=rng), z + torch.randn(z.shape, generator=rng)
+    weights = torch.randn(24, 3, generator=rng) * LOUD.repeat(4)[:, None]
+    head = {"softcap": softcap, "logit_scale": 3.0, "bias": bias}
+    options = {**head, "temperature": 0.5 + torch.rand(24, generator=rng), "backend": backend}
+    found = []
+    for allowed in (None, tolerance):
+        x, eye = z.clone().requires_grad_(), torch.eye(V)
+        if what == "several ids":
+            ids = torch.stack([targets, z.argmax(1), targets.flip(0)], 1)
+            statistic = rk.token_logps(x, eye, ids, tolerance=allowed, **options)
+        elif what == "entropy":
+            statistic = rk.token_stats(x, eye, targets, tolerance=allowed, **options).entropy[:, None]
+        else:
+            statistic = rk.kl_divergence(
+                x, eye, ref, eye, targets, direction=what, ref_head=head, tolerance=allowed, **options
+            )[:, None]  # fmt: skip
+        found.append(torch.autograd.grad((statistic * weights[:, : statistic.shape[1]]).sum(), x)[0].double())
+    dense, some = found
+    assert_bound(some, dense, tolerance, 1e-6)
+    assert (some == 0).sum() > 1.1 * (dense == 0).sum()
 
 
 @settings(max_examples=60, deadline=None)
@@ -94,13 +141,13 @@ def test_the_bound_holds_whatever_comes(which, kind, seed, tolerance, size, name
     upstream = {"logp": size * torch.randn(6, generator=rng), name: size * torch.randn(6, generator=rng)}
     dense = gradients(z, targets, upstream, backend=which)
     found = gradients(z, targets, upstream, backend=which, tolerance=tolerance)
-    assert_bound(found, dense, tolerance, 1e-6)
+    assert_bound(found, dense, tolerance, 1e-6, 2.0**-22 * upstream["logp"].abs())
     kept = found != 0
     assert torch.equal(found[kept], dense[kept]), "what is kept is what the exact way computes"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["ppo", "dpo"])
+@pytest.mark.parametrize("name", cases("ppo", "dpo", interpreted=["ppo"]))
 def test_products_of_a_few_entries(backend, name, dtype):
     """Most columns have no probability at all, so that the few that are left are everything: as exact as ever."""
     p = make_problem(dtype, seed=71, lengths=PAIRS, silent_sequences=2, scale=1.0)
@@ -128,14 +175,30 @@ def test_metrics_say_what_was_lost(backend):
         found[tolerance] = (x.grad.double(), out.metrics)
     (exact, plain), (got, metrics) = found[None], found[0.01]
     assert not [name for name in plain if name.startswith("tolerance")]
-    lost = ((got - exact).norm() / exact[7:].norm()).item()  # flat rows are not even looked at
-    assert metrics["tolerance/lost"].item() == pytest.approx(lost, rel=1e-3)
-    assert 0 < lost <= 0.01
+    lost = ((got - exact).norm() / exact.norm()).item()
+    assert 0 < lost * (1 - 1e-3) <= metrics["tolerance/lost"].item() <= 0.01
     assert metrics["tolerance/dense"].item() == pytest.approx(7 / 60)
     assert torch.equal(got[:7], exact[:7])
     with torch.no_grad():
         quiet = rk.sft_loss(z, torch.eye(V), targets, tolerance=0.01, backend=backend)
     assert set(quiet.metrics) == set(plain), "no gradient, nothing lost"
+
+
+def test_rows_that_hardly_matter_keep_nothing(backend):
+    """And are not even looked at: a policy is sure of most of its tokens."""
+    z, targets = drawn("certain", 40, seed=4)
+    upstream = {"logp": torch.ones(40)}
+    z[::4, :] *= 0.1  # unsure
+    dense = gradients(z, targets, upstream, backend=backend)
+    found = gradients(z, targets, upstream, backend=backend, tolerance=0.01)
+    sure = torch.arange(40) % 4 != 0
+    assert (found[sure] == 0).all()
+    assert dense[sure].any(1).all()
+    assert_bound(found, dense, 0.01, 1e-6)
+    x = z.clone().requires_grad_()
+    metrics = rk.sft_loss(x, torch.eye(V), targets, tolerance=0.01, backend=backend).metrics
+    assert metrics["tolerance/lost"] <= 0.01
+    assert metrics["tolerance/dense"] == 10 / 40
 
 
 def test_flat_rows_go_the_exact_way_bit_by_bit(backend):
@@ -161,7 +224,7 @@ def mixed(p, **options) -> tuple[Tensor, ...]:
     return tuple(g.clone() for g in grads if g is not None)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", cases(torch.float32, torch.bfloat16, interpreted=[torch.bfloat16]))
 def test_sparse_and_dense_rows_meet(backend, dtype):
     """In pieces or at once, into a buffer that is full or has gaps: always the same sums."""
     p = make_problem(dtype, seed=74, scale=6.0, vocab=900, lengths=(40, 40))
@@ -197,7 +260,7 @@ def test_statistics_keep_the_bound_when_they_are_computed_again(backend, tight):
     options = {"backend": backend, "max_bytes": 700_000 if tight else None}  # a dozen rows at a time
     dense = gradients(z, targets, upstream, **options)
     found = gradients(z, targets, upstream, **options, tolerance=0.02)
-    assert_bound(found, dense, 0.02, 1e-6)
+    assert (found - dense).norm() <= 0.02 * dense.norm()
     assert (found == 0).sum() > (dense == 0).sum()
 
 

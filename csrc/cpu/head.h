@@ -41,11 +41,12 @@ struct HeadBackward {
   Sinks sinks;
 };
 
-// Entries of the gradients of logits that carry all of them but a share `tolerance` of each row's norm. They take the
-// place of the row's logits: values from its beginning on, columns (int32, ascending) from its middle on.
+// Entries of the gradients of logits that carry all of them but what each row may lose. They take the place of the row's
+// logits: values from its beginning on, columns (int32, ascending) from its middle on.
 struct SelectCall {
   GradCall grad;  // over the whole vocabulary; `grad.grad` is not used
-  double tolerance;
+  double allowed;       // squared norm that a row may lose
+  const float* floor;   // [rows] entries below it have no larger norm together
   int64_t most;         // entries of a row, at most half the vocabulary
   int64_t* counts;      // [rows], or -1: a row that needs more
   double *lost, *norm;  // [rows] squared norm of what was left out (zero where the count is -1), and of everything

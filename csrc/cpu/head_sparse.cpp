@@ -15,8 +15,6 @@ constexpr int64_t SPAN = 2048;   // columns at a time
 constexpr int PARTS = 4;
 constexpr int64_t WIDTH = 16 * PARTS;  // hidden units at a time
 constexpr int SIZES = 2048;      // of entries: eight per power of two
-constexpr double TINY = 1e-30;   // squares of what is smaller are no floats
-constexpr double SAFE = 1 - 1e-5;  // sums of squares are rounded
 
 inline int size_of(float x) { return int((__builtin_bit_cast(uint32_t, x) & 0x7fffffffu) >> 20); }
 
@@ -41,15 +39,13 @@ class Finder {
     const Slopes slope = slopes(row_grads<float>(g.upstream, g.targets, row), g.sums.policy[row], ref, g.sums.forward_kl,
                                 double(g.work.vocab));
     count_ = 0, norm_ = lost_ = 0;
-    const float floor = floor_of(c, slope, row);
     for (int64_t first = 0; first < g.work.vocab; first += SPAN) {
       const int64_t count = smaller(SPAN, g.work.vocab - first);
       grad_row<float>(g, slope, row, first, count, line_);
-      collect(first, count, floor);
+      collect(first, count, c.floor[i]);
     }
-    const double allowed = c.tolerance * c.tolerance * norm_ * SAFE;
-    const bool fine = norm_ > TINY && std::isfinite(norm_) && lost_ <= allowed;
-    if (fine) drop_small(allowed);
+    const bool fine = std::isfinite(norm_) && lost_ <= c.allowed;
+    if (fine) drop_small(c.allowed);
     c.norm[i] = norm_;
     c.lost[i] = fine && count_ <= c.most ? lost_ : 0;
     c.counts[i] = fine && count_ <= c.most ? count_ : -1;
@@ -60,19 +56,6 @@ class Finder {
   }
 
  private:
-  // A target's entry is what all others add up to where only log p counts. Then what lies below the floor cannot have
-  // a larger norm than is allowed: the sum of squares is at most the largest times the sum.
-  float floor_of(const SelectCall& c, const Slopes& slope, int64_t row) const {
-    const Targets& t = c.grad.targets;
-    float most = 0;
-    for (int64_t k = row * t.count; k < (row + 1) * t.count; ++k) {
-      float x;
-      grad_row<float>(c.grad, slope, row, t.ids[k], 1, &x);
-      most = std::max(most, std::fabs(x));
-    }
-    return float(c.tolerance * c.tolerance * SAFE) * most;
-  }
-
   void collect(int64_t first, int64_t count, float floor) {
     const __m512 low = _mm512_set1_ps(floor);
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

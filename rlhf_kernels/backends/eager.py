@@ -200,6 +200,10 @@ def _grad_logits(
     return g.mul_(tile.head.logit_scale).div_(temperature)
 
 
+def entries_bytes(tile: Tile) -> int:
+    return sparse.entries_bytes(sparse.most(width(tile)))
+
+
 def select(
     tile: Tile, residual: Residual, stats: TokenStats, grads: Grads, rows: Tensor | None, tolerance: float
 ) -> Entries:
@@ -207,8 +211,12 @@ def select(
         return torch.cat([_grad_logits(tile, residual, stats, grads, some, s) for s in _strips(tile)], dim=1)
 
     rows = torch.arange(residual.z.shape[0], device=residual.z.device) if rows is None else rows
-    look, flat = sparse.promising(rows, stats.entropy, width(tile))
-    return sparse.select(look, width(tile), gradient, tolerance).beside(flat)
+    log_q = None
+    if grads.kl is not None and residual.z_ref is not None:
+        log_q = residual.z_ref.gather(1, tile.targets) - residual.norm_ref[0][:, None] - residual.norm_ref[1][:, None]
+    v = width(tile)
+    part = sparse.share(tile, stats, grads, rows, v, log_q, tolerance, sparse.most(v))
+    return sparse.select(part, v, gradient)
 
 
 multiply = sparse.multiply

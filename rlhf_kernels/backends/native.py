@@ -68,17 +68,27 @@ def backward(
     _used_up(tile.head, residual)
 
 
+def entries_bytes(tile: Tile) -> int:
+    """Bytes per row of entries: csrc has them once in the logits' place and once sorted by column."""
+    few = sparse.most(Rows(tile).vocab)
+    return 8 * few if whole.fits(tile) else sparse.entries_bytes(few)
+
+
 def select(
     tile: Tile, residual: Residual, stats: TokenStats, grads: Grads, rows: Tensor | None, tolerance: float
 ) -> Entries:
     """The entries of each row's gradient that matter."""
     n, vocab = residual.z.shape
-    look, flat = sparse.promising(torch.arange(n) if rows is None else rows, stats.entropy, vocab)
+    rows = torch.arange(n) if rows is None else rows
+    log_q = None
+    if grads.kl is not None and residual.z_ref is not None:
+        log_q = residual.z_ref.gather(1, tile.targets) - residual.sums.lse_ref()[:, None]
+    part = sparse.share(tile, stats, grads, rows, vocab, log_q, tolerance, sparse.most(vocab))
     if whole.fits(tile):
-        entries = whole.select(tile, residual.z, residual.z_ref, residual.sums, grads, look, tolerance)
+        entries = whole.select(tile, residual.z, residual.z_ref, residual.sums, grads, part)
     else:
-        entries = sparse.select(look, vocab, _gradient(tile, residual, grads), tolerance)
-    return entries._replace(kept=(entries.kept, residual)).beside(flat)
+        entries = sparse.select(part, vocab, _gradient(tile, residual, grads))
+    return entries._replace(kept=(entries.kept, residual))
 
 
 def multiply(tile: Tile, entries: Entries, sinks: Sinks) -> None:

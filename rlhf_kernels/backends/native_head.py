@@ -66,17 +66,20 @@ def backward(
 
 
 def select(
-    tile: Tile, z: Tensor, z_ref: Tensor | None, sums: Sums, grads: Grads, index: Tensor, tolerance: float
-) -> Entries:
-    """The entries of the rows in ``index`` that matter. They take the place of those rows' logits."""
-    rows, upstream, count = Rows(tile), Upstream(grads, torch.float32), index.numel()
+    tile: Tile, z: Tensor, z_ref: Tensor | None, sums: Sums, grads: Grads, part: sparse.Share
+) -> Entries:  # fmt: skip
+    """The entries that matter of the rows to look at. They take the place of those rows' logits."""
+    rows, upstream, index = Rows(tile), Upstream(grads, torch.float32), part.look
+    count = index.numel()
     counts, norms = torch.empty(count, dtype=torch.int64), torch.empty(2, count, dtype=torch.float64)
     _C.head_select(
         rows.work(count), address(index), strip_of(z, 0), strip_of(z_ref, 0), rows.transform, rows.targets(sums),
-        sums.c, upstream.c, tolerance, sparse.most(rows.vocab), address(counts), address(norms[0]), address(norms[1]),
+        sums.c, upstream.c, float(part.allowed), address(part.floor), sparse.most(rows.vocab), address(counts),
+        address(norms[0]), address(norms[1]),
     )  # fmt: skip
     few = counts >= 0
-    return Entries(index[few], index[~few], norms[0], norms[1], (z, counts[few]))
+    entries = Entries(index[few], index[~few], norms[0], norms[1], (z, counts[few]))
+    return entries.with_unseen(part.flat, part.lost, part.norm)
 
 
 def multiply(tile: Tile, entries: Entries, sinks: Sinks) -> None:

@@ -60,6 +60,12 @@ class Sums:
         target_z = torch.full(tile.targets.shape, torch.nan, dtype=wide(tile.hidden.dtype))
         return Sums(none_yet(), none_yet() if ref else None, ref is not None and ref.direction == "forward", target_z)
 
+    def lse_ref(self) -> Tensor:
+        """[n] float64 log-sum-exp of the reference's logits."""
+        assert self.reference is not None
+        most, ties, rest = self.reference[:, :3].unbind(1)
+        return most + ((ties - 1) + rest).log1p()
+
     @property
     def c(self) -> _C.Sums:
         return _C.Sums(policy=address(self.policy), reference=address(self.reference), forward_kl=self.forward_kl)

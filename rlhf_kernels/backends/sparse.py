@@ -1,7 +1,9 @@
 """Gradients of logits through the few entries that carry nearly all of them, in plain torch.
 
-A row may lose entries as long as what it loses has at most ``tolerance`` times the norm (L2) of the row's whole
-gradient. That is checked on the gradient itself, not estimated. Rows that would keep too many are left to the products.
+Every row may lose the same: a norm (L2) of ``tolerance`` times the root mean square, over the rows, of what is known of
+their norms beforehand, the entries of their targets. So all rows together lose at most ``tolerance`` times the norm of
+all, and rows that hardly matter, most of them in a model that is sure of itself, hardly keep an entry. What a row loses
+is checked on the gradient itself, not estimated. Rows that would keep too many are left to the products.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_kernels.types import Entries, Sinks, Tile
+from rlhf_kernels.types import Entries, Grads, Sinks, Tile, TokenStats
 
 ROWS = 64  # whose gradients are looked at together
 STRIP = 2048  # columns that are multiplied together
-SAFE = 1 - 1e-5  # sums of squares are rounded
+SAFE = 1 - 1e-3  # sums of squares are rounded, and so are statistics
+TINY = 1e-28  # squares of what is far smaller are no floats
+UNSURE = 2.0**-22  # of a probability that was rounded to one
 
 
 class Kept(NamedTuple):
@@ -31,40 +35,127 @@ def most(vocab: int) -> int:
     return min(vocab // 2, max(64, vocab // 8))
 
 
-def promising(rows: Tensor, entropy: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """Rows to look at, and those whose mass is spread over more columns than a row may keep."""
-    flat = entropy[rows] > math.log(most(vocab))
-    return rows[~flat], rows[flat]
+def entries_bytes(few: int) -> int:
+    """Bytes per row of ``Kept``, twice: while rows are picked, and while entries are."""
+    return 2 * few * (8 + 8)
 
 
-def select(rows: Tensor, vocab: int, gradient: Callable[[Tensor], Tensor], tolerance: float) -> Entries:
+class Share(NamedTuple):
+    """What every row may lose, and which rows are worth a look for it."""
+
+    look: Tensor  # [r] int64 rows to look at
+    flat: Tensor  # their mass is spread over more columns than a row may keep
+    lost: Tensor  # [a - r] float64 at least the squared norm of what the other rows lose: everything, or nothing
+    norm: Tensor  # [a - r] float64 at most the squared norm of the same rows
+    allowed: Tensor  # [] float64 squared norm that a row may lose
+    floor: Tensor  # [r] float32 entries of a row below it have no larger norm together
+
+
+def share(
+    tile: Tile, stats: TokenStats, grads: Grads, rows: Tensor, columns: int, log_q: Tensor | None, tolerance: float,
+    few: int,
+) -> Share:  # fmt: skip
+    """From statistics alone, before any entry is looked at.
+
+    Args:
+        tile: Its head has ``columns`` columns.
+        stats: Of its rows.
+        grads: Of those.
+        rows: [a] rows that have a gradient.
+        columns: V.
+        log_q: [n, K] the reference's log-probabilities of the targets, where ``grads.kl`` is given.
+        tolerance: see above.
+        few: entries that a row may keep.
+    """
+    seen = _at_targets(tile, stats, grads, columns, log_q)[rows]
+    most = _absolute_sum(tile, stats, grads)[rows]
+    allowed = tolerance**2 * SAFE * seen.square().mean()
+    quiet = most.square() <= allowed
+    flat = (stats.entropy[rows] > math.log(few)) | ~(allowed > TINY)  # and whoever meets a NaN
+    look = ~(quiet | flat)
+    lost = most.square().masked_fill(flat, 0.0)[~look]
+    return Share(rows[look], rows[flat], lost, seen[~look].square(), allowed, (allowed / most[look]).float())
+
+
+def _per_t(tile: Tile) -> float | Tensor:
+    """[n, 1] or a number: d logit / d product, but for the softcap."""
+    t = tile.temperature
+    return tile.head.logit_scale / (t.double()[:, None] if isinstance(t, Tensor) else t)
+
+
+def _at_targets(tile: Tile, stats: TokenStats, grads: Grads, columns: int, log_q: Tensor | None) -> Tensor:
+    """[n] float64 size of the largest entry among a row's targets."""
+    log_p, g_logp = stats.logp.double(), grads.logp.double()
+    p = log_p.exp()
+
+    def column(x: Tensor | None) -> Tensor | float:
+        return 0.0 if x is None else x.double()[:, None]
+
+    # g - g p without its cancellation; what other ids of the row send is on top
+    g = -g_logp * log_p.expm1() + p * (g_logp - g_logp.sum(1, keepdim=True) + column(grads.lse))
+    g = g - p * (log_p + column(stats.entropy)).nan_to_num(neginf=0.0) * column(grads.entropy)
+    g = g + column(grads.mean_logit) / columns
+    if grads.kl is not None and tile.reference is not None and log_q is not None:
+        if tile.reference.direction == "forward":
+            g = g + (p - log_q.double().exp()) * column(grads.kl)
+        else:
+            ratio = (log_p - log_q.double()).where(p > 0, 0.0)
+            g = g + p * (ratio - column(stats.kl)) * column(grads.kl)
+    if tile.head.softcap is not None:
+        t = tile.temperature
+        z = (stats.logp + stats.lse[:, None]).double() * (t.double()[:, None] if isinstance(t, Tensor) else t)
+        g = g * (1 - (z / tile.head.softcap).square()).clamp(min=0.0)
+    return (g * _per_t(tile)).abs().amax(1)
+
+
+def _absolute_sum(tile: Tile, stats: TokenStats, grads: Grads) -> Tensor:
+    """[n] float64 at least the sum of the sizes of a row's entries.
+
+    An expected distance from the mean is at most twice the mean of what is never negative; log(p / q) is below zero by
+    1/e at most, on average under p.
+    """
+    unsure = UNSURE - stats.logp.double().expm1()
+    total = 2 * (grads.logp.double().abs() * unsure).sum(1)
+    for g in (grads.lse, grads.mean_logit):
+        total = total if g is None else total + g.double().abs()
+    if grads.entropy is not None:
+        total = total + 2 * stats.entropy.double() * grads.entropy.double().abs()
+    if grads.kl is not None and stats.kl is not None:
+        forward = tile.reference is not None and tile.reference.direction == "forward"
+        far = 2.0 if forward else 2 * stats.kl.double() + 2 / math.e
+        total = total + far * grads.kl.double().abs()
+    per_t = _per_t(tile)
+    return total * (per_t.squeeze(1).abs() if isinstance(per_t, Tensor) else abs(per_t))
+
+
+def select(part: Share, vocab: int, gradient: Callable[[Tensor], Tensor]) -> Entries:
     """The largest entries of each row.
 
     Args:
-        rows: [r] the rows to look at.
+        part: rows to look at, and what they may lose.
         vocab: V.
         gradient: [c] rows -> [c, V] gradient of their logits.
-        tolerance: largest norm of what a row loses, relative to the row's.
     """
+    rows = part.look
     if not rows.numel():
-        none = torch.zeros(0, dtype=torch.float64, device=rows.device)
-        return Entries(rows, rows, none, none, None)
-    found = [_largest(gradient(part), most(vocab), tolerance) for part in rows.split(ROWS)]
+        return Entries(rows, part.flat, part.lost, part.norm, None)
+    found = [_largest(gradient(some), most(vocab), part.allowed) for some in rows.split(ROWS)]
     columns, values, counts, lost, norm = (torch.cat(x) for x in zip(*found, strict=True))
     few = counts >= 0
-    return Entries(rows[few], rows[~few], lost, norm, Kept(columns[few], values[few], counts[few]))
+    kept = Kept(columns[few], values[few], counts[few])
+    return Entries(rows[few], rows[~few], lost, norm, kept).with_unseen(part.flat, part.lost, part.norm)
 
 
-def _largest(g: Tensor, few: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _largest(g: Tensor, few: int, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     columns = g.abs().topk(few, dim=1).indices
     values = g.gather(1, columns)
     norm = g.double().square().sum(1)
-    lost = (norm[:, None] - values.double().square().cumsum(1)).clamp_(min=0.0)
-    enough = lost <= tolerance**2 * SAFE * norm[:, None]
-    fine = enough[:, -1] & norm.isfinite() & (norm > 0)
-    last = enough.int().argmax(1)
-    counts = torch.where(fine, last + 1, -1)
-    left_out = lost.gather(1, last[:, None]).squeeze(1).where(fine, 0.0)
+    kept = torch.nn.functional.pad(values.double().square().cumsum(1), (1, 0))
+    lost = (norm[:, None] - kept).clamp_(min=0.0)  # of those that keep none, one, two ...
+    enough = lost <= allowed
+    fine = enough[:, -1] & norm.isfinite()
+    counts = torch.where(fine, enough.int().argmax(1), -1)
+    left_out = lost.gather(1, counts.clamp(min=0)[:, None]).squeeze(1).where(fine, 0.0)
     return columns, values, counts, left_out, norm
 
 

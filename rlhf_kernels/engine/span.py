@@ -18,6 +18,8 @@ from rlhf_kernels import checks as check
 from rlhf_kernels.engine.call import Call
 from rlhf_kernels.types import Entries, Grads, Sinks, SparseBackend, TokenStats
 
+WORTH_A_WAIT = 1e12  # operations of the last two products: more than a millisecond of any GPU
+
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -32,15 +34,12 @@ class Losses:
     dense: int = 0
     rows: int = 0
 
-    def add(self, entries: Entries) -> None:
+    def add(self, entries: Entries, rows: int) -> None:
         self.lost, self.norm = self.lost + entries.lost.sum(), self.norm + entries.norm.sum()
-        self.dense, self.rows = (
-            self.dense + entries.others.numel(),
-            self.rows + entries.others.numel() + entries.rows.numel(),
-        )
+        self.dense, self.rows = self.dense + entries.others.numel(), self.rows + rows
 
     def metrics(self, like: Tensor) -> dict[str, Tensor]:
-        """What rows looked at have lost of their logits' gradient (L2), and the share that keeps everything."""
+        """What the logits' gradient has lost at most (L2), and the share of rows that keep everything."""
         if not self.rows:
             return {}
         lost = (float(self.lost) / max(float(self.norm), 1e-300)) ** 0.5
@@ -149,7 +148,7 @@ class Span:
 
     def _piece(self, a: int, b: int, residual: Any, stats: TokenStats, grads: Grads, into: Gradients) -> None:
         call = self.call
-        rows = None if call.overwrite or call.kept.real is not None else _active(grads)
+        rows = _active(grads) if self._counts(b - a) else None
         if a == b or (rows is not None and rows.numel() == 0):
             return
         some = None if rows is None or rows.numel() == b - a else rows
@@ -166,7 +165,7 @@ class Span:
             return self._leave(a, b, chosen, into, dense(some))
         backend = cast(SparseBackend, call.backend)
         entries = backend.select(tile, residual, stats, grads, some, call.tolerance)
-        into.losses.add(entries)
+        into.losses.add(entries, len(stats.logp) if some is None else some.numel())
         whose = chosen if some is None else None  # the rows of a tile that was cut out of the piece
         for rows, work in (
             (entries.others, dense(entries.others)),
@@ -174,6 +173,14 @@ class Span:
         ):
             if rows.numel():
                 self._leave(a, b, rows if whose is None else whose[rows], into, work)
+
+    def _counts(self, rows: int) -> bool:
+        """Whether rows without a gradient are looked for: on a GPU, where that is a wait, if they may be worth it."""
+        call = self.call
+        if call.overwrite or call.kept.real is not None:
+            return False
+        size = 0 if call.head.weight is None else call.head.weight.numel()
+        return not call.hidden.is_cuda or call.tolerance is not None or 4.0 * rows * size >= WORTH_A_WAIT
 
     def _leave(self, a: int, b: int, rows: Tensor | None, into: Gradients, work: Callable[[Sinks], None]) -> None:
         """Have the gradients of some rows of a..b (None: all) made, and put them where they belong."""
@@ -188,10 +195,8 @@ class Span:
             kept.put(out, a, into.hidden, rows)
 
 
-def _active(grads: Grads) -> Tensor | None:
-    """Rows with a gradient of any statistic that is not zero. None on a GPU, where to count them is to wait for it."""
-    if grads.logp.is_cuda:
-        return None
+def _active(grads: Grads) -> Tensor:
+    """Rows with a gradient of any statistic that is not zero."""
     active = (grads.logp != 0).any(1)
     for g in grads[1:]:
         if g is not None:

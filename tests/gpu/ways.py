@@ -36,7 +36,7 @@ def moved(x: Any, device: str) -> Any:
 
 
 def ferry(device: str = "cuda") -> Any:
-    """The backend behind the same three functions: tiles go over to ``device``, results come back."""
+    """The backend behind the same functions: tiles go over to ``device``, results come back."""
 
     def score(tile):
         return moved(backend.score(moved(tile, device)), "cpu")
@@ -57,4 +57,19 @@ def ferry(device: str = "cuda") -> Any:
     def residual_bytes(tile):
         return backend.residual_bytes(tile)
 
-    return SimpleNamespace(score=score, forward=forward, backward=backward, residual_bytes=residual_bytes)
+    def select(tile, residual, stats, grads, rows, tolerance):
+        there = (moved(x, device) for x in (stats, grads, rows))
+        found = backend.select(moved(tile, device), residual, *there, tolerance)
+        return moved(found._replace(kept=None), "cpu")._replace(kept=found.kept)
+
+    def multiply(tile, entries, sinks):
+        there = moved(sinks, device)
+        backend.multiply(moved(tile, device), moved(entries, device), there)
+        for mine, filled in zip(sinks, there, strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(filled)
+
+    return SimpleNamespace(
+        score=score, forward=forward, backward=backward, residual_bytes=residual_bytes, select=select,
+        multiply=multiply, entries_bytes=backend.entries_bytes,
+    )  # fmt: skip

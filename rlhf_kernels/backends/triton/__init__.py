@@ -2,7 +2,7 @@
 
 Two ways lead to the statistics. Fused: a product of ours folds its tiles in registers (``head.py``). In strips: the
 vendor's product leaves a strip of float32 logits, and one pass folds it (``rows.py``). A committed table decides.
-Nothing here waits for the device.
+Nothing here but ``select`` waits for the device.
 """
 
 from __future__ import annotations
@@ -13,29 +13,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_kernels.backends.sparse import share
+from rlhf_kernels.backends.triton import entries
 from rlhf_kernels.backends.triton.backward import from_exponentials, from_logits
+from rlhf_kernels.backends.triton.compact import only
 from rlhf_kernels.backends.triton.finish import anchors, finish
+from rlhf_kernels.backends.triton.gradient import calculus
 from rlhf_kernels.backends.triton.head import fold_head
-from rlhf_kernels.backends.triton.operands import Operand, Rows, describable, rows_of
+from rlhf_kernels.backends.triton.operands import Operand, Residual, Rows, describable, rows_of
 from rlhf_kernels.backends.triton.products import product
 from rlhf_kernels.backends.triton.rows import fold_rows, piece
 from rlhf_kernels.backends.triton.table import Blocks, Entry, entry
 from rlhf_kernels.backends.triton_gae import gae, whitened_gae
 from rlhf_kernels.backends.triton_rewards import shaped_rewards
-from rlhf_kernels.types import Grads, Sinks, Tile, TokenStats
+from rlhf_kernels.types import Entries, Grads, Sinks, Tile, TokenStats
 
-__all__ = ["backward", "forward", "gae", "residual_bytes", "score", "shaped_rewards", "whitened_gae"]
+__all__ = [
+    "backward", "entries_bytes", "forward", "gae", "multiply", "residual_bytes", "score", "select", "shaped_rewards",
+    "whitened_gae",
+]  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then the kernels run on CPU tensors, slowly
 PLANES, PLANES_WITH_REFERENCE = 4, 7
-
-
-class Residual(NamedTuple):
-    """What the backward needs: bfloat16 exponentials, or float32 logits, or nothing but the given logits."""
-
-    kept: Tensor  # [n, V]
-    kept_ref: Tensor | None
-    norms: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # anchor and log sum e; the reference's
 
 
 def residual_bytes(tile: Tile) -> int:
@@ -76,7 +75,7 @@ def backward(
 ) -> None:
     """Gradients into the sinks."""
     if rows is not None:
-        tile, stats, grads, residual = _only(tile, stats, grads, residual, rows)
+        tile, stats, grads, residual = only(tile, stats, grads, residual, rows)
     given = rows_of(tile)
     plain = grads.entropy is None and grads.lse is None and grads.mean_logit is None and grads.kl is None
     plain = plain and given.targets.shape[1] == 1 and given.policy.softcap is None and sinks.bias is None
@@ -88,20 +87,38 @@ def backward(
             from_logits(given, residual.kept, residual.kept_ref, residual.norms, stats, grads, sinks, here)
 
 
-def _only(
-    tile: Tile, stats: TokenStats, grads: Grads, residual: Residual, rows: Tensor
-) -> tuple[Tile, TokenStats, Grads, Residual]:
-    def pick(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[rows]
+def entries_bytes(tile: Tile) -> int:
+    """Bytes per row of what ``select`` finds."""
+    vocab = rows_of(tile).vocab
+    return entries.BYTES * entries.few(vocab, _half(tile))
 
-    t = tile.temperature
-    reference = None if tile.reference is None else tile.reference.__class__(
-        tile.reference.hidden[rows], tile.reference.head, tile.reference.direction
-    )  # fmt: skip
-    some = Tile(tile.hidden[rows], tile.head, tile.targets[rows], t[rows] if isinstance(t, Tensor) else t, reference)
-    norms = tuple(pick(x) for x in residual.norms)
-    left = Residual(residual.kept[rows], pick(residual.kept_ref), norms)  # type: ignore[arg-type]
-    return some, stats.each(lambda x: x[rows]), grads.each(lambda g: g[rows]), left
+
+def select(
+    tile: Tile, residual: Residual, stats: TokenStats, grads: Grads, rows: Tensor | None, tolerance: float
+) -> Entries:
+    """The entries of each row's gradient that matter. Waits for the device, which knows how many there are."""
+    given, log_q = rows_of(tile), None
+    rows = torch.arange(given.count, device=given.targets.device) if rows is None else rows
+    if grads.kl is not None and residual.kept_ref is not None:
+        anchor, log_s = residual.norms[2:]
+        assert anchor is not None
+        assert log_s is not None
+        log_q = residual.kept_ref.gather(1, given.targets) - anchor[:, None] - log_s[:, None]
+    few = entries.few(given.vocab, _half(tile))
+    part = share(tile, stats, grads, rows, given.vocab, log_q, tolerance, few)
+    terms = calculus(given, residual.kept, residual.kept_ref, stats, residual.norms, grads)
+    with torch.cuda.device_of(tile.hidden):
+        return entries.select(terms, part, given.vocab, _half(tile), entry(tile.hidden.device).pieces)
+
+
+def multiply(tile: Tile, found: Entries, sinks: Sinks) -> None:
+    """Gradients of the rows of these entries into the sinks."""
+    with torch.cuda.device_of(tile.hidden):
+        entries.multiply(tile, found, sinks)
+
+
+def _half(tile: Tile) -> bool:
+    return tile.hidden.element_size() == 2
 
 
 class Plan(NamedTuple):

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.backends.triton.gradient import gradients
-from rlhf_kernels.backends.triton.operands import Rows
+from rlhf_kernels.backends.triton.operands import Norms, Rows
 from rlhf_kernels.backends.triton.products import leave_product, product
 from rlhf_kernels.backends.triton.table import Entry
 from rlhf_kernels.types import Grads, Sinks, TokenStats
 
-Norms = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 FLOAT16_ROOM = 2.0**14  # largest gradient after scaling: sums of products stay far below what float16 can hold
 
 

@@ -10,35 +10,31 @@ Legend: N rows, V vocabulary, K targets.
 # pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.backends.triton.calculus import LN2, exponentials, row_scale, to_logits, weighted
-from rlhf_kernels.backends.triton.operands import Rows
+from rlhf_kernels.backends.triton.operands import Norms, Rows
 from rlhf_kernels.backends.triton.rows import piece
 from rlhf_kernels.backends.triton.table import Pieces
 from rlhf_kernels.types import Grads, TokenStats
 
+# a user's tensors may begin anywhere; one kernel serves them all
+UNALIGNED = ["targets", "temperature", "entropy", "kl", "g_logp", "g_entropy", "g_lse", "g_mean", "g_kl"]
 
-@triton.jit(
-    do_not_specialize=["N"],
-    do_not_specialize_on_alignment=[
-        "targets", "temperature", "entropy", "kl", "g_logp", "g_entropy", "g_lse", "g_mean", "g_kl"
-    ],
-)  # fmt: skip
-def gradient_kernel(
-    kept, kept_ref, bias, out, anchor, log_s, anchor_ref, log_s_ref, entropy, kl, targets, temperature,
-    g_logp, g_entropy, g_lse, g_mean, g_kl,
-    N, V, ld_kept, ld_ref, ld_out, scale, softcap, per_t,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, EXP: tl.constexpr, RAW: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PER_TOKEN: tl.constexpr, HAS_REF: tl.constexpr,
-    FORWARD_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_MEAN: tl.constexpr,
+
+@triton.jit
+def logit_gradients(
+    kept, kept_ref, bias, anchor, log_s, anchor_ref, log_s_ref, entropy, kl, targets, temperature,
+    g_logp, g_entropy, g_lse, g_mean, g_kl, V, ld_kept, ld_ref, scale, softcap, per_t, row, columns, in_n, in_v,
+    K: tl.constexpr, EXP: tl.constexpr, RAW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    PER_TOKEN: tl.constexpr, HAS_REF: tl.constexpr, FORWARD_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_LSE: tl.constexpr, HAS_MEAN: tl.constexpr,
 ):  # fmt: skip
-    """One piece of a few rows. ``kept`` holds exponentials (EXP), logits, or logits before bias and all else (RAW)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    in_n, in_v = row < N, columns < V
+    """[rows, columns]. ``kept`` holds exponentials (EXP), logits, or logits before bias and all else (RAW)."""
     inside = in_n & in_v
     a, norm = tl.load(anchor + row, mask=in_n, other=0.0), tl.load(log_s + row, mask=in_n, other=0.0)
     per_row = row_scale(temperature, per_t, row, in_n, PER_TOKEN)
@@ -52,7 +48,7 @@ def gradient_kernel(
         z = to_logits(x, bias, columns, in_v, scale, softcap, per_row, HAS_BIAS, HAS_CAP) if RAW else x
         log_p = (z - a) - norm
         p = exponentials(log_p)
-    of_p = tl.zeros((ROWS, 1), tl.float32)
+    of_p = tl.zeros_like(norm)
     if HAS_LSE:
         of_p += tl.load(g_lse + row, mask=in_n, other=0.0)
     for k in tl.static_range(K):
@@ -81,32 +77,71 @@ def gradient_kernel(
     if HAS_CAP:
         share = z / (per_row * softcap)  # -inf where an exponential underflowed, which is flat as well
         g *= 1.0 - tl.minimum(share * share, 1.0)
-    g *= scale * per_row
-    tl.store(out + row * ld_out + columns, g.to(out.dtype.element_ty), mask=inside)
+    return g * (scale * per_row)
 
 
-def gradients(
-    rows: Rows, kept: Tensor, kept_ref: Tensor | None, out: Tensor, stats: TokenStats,
-    norms: tuple[Tensor, Tensor, Tensor | None, Tensor | None], grads: Grads, pieces: Pieces,
-) -> None:  # fmt: skip
-    """Fill ``out`` [N, V], which may be ``kept`` itself; ``norms`` are anchor and log sum of policy and reference."""
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=UNALIGNED)
+def gradient_kernel(
+    kept, kept_ref, bias, anchor, log_s, anchor_ref, log_s_ref, entropy, kl, targets, temperature,
+    g_logp, g_entropy, g_lse, g_mean, g_kl, V, ld_kept, ld_ref, scale, softcap, per_t,
+    out, N, ld_out,
+    K: tl.constexpr, EXP: tl.constexpr, RAW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    PER_TOKEN: tl.constexpr, HAS_REF: tl.constexpr, FORWARD_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_LSE: tl.constexpr, HAS_MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One piece of a few rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    in_n, in_v = row < N, columns < V
+    g = logit_gradients(
+        kept, kept_ref, bias, anchor, log_s, anchor_ref, log_s_ref, entropy, kl, targets, temperature,
+        g_logp, g_entropy, g_lse, g_mean, g_kl, V, ld_kept, ld_ref, scale, softcap, per_t, row, columns, in_n, in_v,
+        K, EXP, RAW, HAS_BIAS, HAS_CAP, PER_TOKEN, HAS_REF, FORWARD_KL, HAS_ENTROPY, HAS_LSE, HAS_MEAN,
+    )  # fmt: skip
+    tl.store(out + row * ld_out + columns, g.to(out.dtype.element_ty), mask=in_n & in_v)
+
+
+class Calculus(NamedTuple):
+    """What ``logit_gradients`` is given, for kernels that begin with it."""
+
+    tensors: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def calculus(
+    rows: Rows, kept: Tensor, kept_ref: Tensor | None, stats: TokenStats, norms: Norms, grads: Grads
+) -> Calculus:
+    """``norms`` are anchor and log sum of policy and reference."""
     policy, raw = rows.policy, rows.policy.weight is None
-    exponentials = rows.keeps_exponentials and not raw
-    has_kl = rows.reference is not None and grads.kl is not None
-    block = piece(rows.vocab, pieces)
 
     def column(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.contiguous()
 
+    return Calculus(
+        (
+            kept, kept_ref, policy.bias, *norms, column(stats.entropy), column(stats.kl), rows.targets,
+            rows.temperature, column(grads.logp), column(grads.entropy), column(grads.lse), column(grads.mean_logit),
+            column(grads.kl), rows.vocab, kept.stride(0), 0 if kept_ref is None else kept_ref.stride(0),
+            policy.scale, policy.softcap or 1.0, rows.per_t,
+        ),
+        {
+            "K": rows.targets.shape[1], "EXP": rows.keeps_exponentials and not raw, "RAW": raw,
+            "HAS_BIAS": policy.bias is not None, "HAS_CAP": policy.softcap is not None,
+            "PER_TOKEN": rows.temperature is not None,
+            "HAS_REF": rows.reference is not None and grads.kl is not None, "FORWARD_KL": rows.forward_kl,
+            "HAS_ENTROPY": grads.entropy is not None, "HAS_LSE": grads.lse is not None,
+            "HAS_MEAN": grads.mean_logit is not None,
+        },
+    )  # fmt: skip
+
+
+def gradients(
+    rows: Rows, kept: Tensor, kept_ref: Tensor | None, out: Tensor, stats: TokenStats, norms: Norms, grads: Grads,
+    pieces: Pieces,
+) -> None:  # fmt: skip
+    """Fill ``out`` [N, V], which may be ``kept`` itself."""
+    given, block = calculus(rows, kept, kept_ref, stats, norms, grads), piece(rows.vocab, pieces)
     gradient_kernel[(triton.cdiv(rows.count, pieces.rows), triton.cdiv(rows.vocab, block))](
-        kept, kept_ref, policy.bias, out, norms[0], norms[1], norms[2], norms[3],
-        column(stats.entropy), column(stats.kl), rows.targets, rows.temperature,
-        column(grads.logp), column(grads.entropy), column(grads.lse), column(grads.mean_logit), column(grads.kl),
-        rows.count, rows.vocab, kept.stride(0), 0 if kept_ref is None else kept_ref.stride(0), out.stride(0),
-        policy.scale, policy.softcap or 1.0, rows.per_t,
-        ROWS=pieces.rows, BLOCK=block, K=rows.targets.shape[1],
-        EXP=exponentials, RAW=raw,
-        HAS_BIAS=policy.bias is not None, HAS_CAP=policy.softcap is not None, PER_TOKEN=rows.temperature is not None,
-        HAS_REF=has_kl, FORWARD_KL=rows.forward_kl, HAS_ENTROPY=grads.entropy is not None,
-        HAS_LSE=grads.lse is not None, HAS_MEAN=grads.mean_logit is not None, num_warps=pieces.num_warps,
+        *given.tensors, out, rows.count, out.stride(0),
+        **given.options, ROWS=pieces.rows, BLOCK=block, num_warps=pieces.num_warps,
     )  # fmt: skip

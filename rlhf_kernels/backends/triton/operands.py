@@ -57,6 +57,17 @@ class Rows(NamedTuple):
         return self.policy.hidden.dtype == torch.bfloat16 and self.reference is None
 
 
+Norms = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class Residual(NamedTuple):
+    """What the backward needs: bfloat16 exponentials, or float32 logits, or nothing but the given logits."""
+
+    kept: Tensor  # [n, V]
+    kept_ref: Tensor | None
+    norms: Norms  # anchor and log sum e; the reference's
+
+
 def _row_major(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from rlhf_kernels.backends import triton as backend
-from rlhf_kernels.backends.triton import table
-from rlhf_kernels.types import Grads, Head, Reference, Sinks, Tile
+from rlhf_kernels.backends.triton import entries, table
+from rlhf_kernels.backends.triton.gradient import calculus
+from rlhf_kernels.backends.triton.operands import rows_of
+from rlhf_kernels.types import Entries, Grads, Head, Reference, Sinks, Tile
 from tests.gpu.compile.aot import CHIPS, SHARED, Launch, compiled, noted
 
 N, V, H = 32, 2048, 256
@@ -46,6 +48,29 @@ def train(tile: Tile, everything: bool) -> None:
     backend.backward(tile, residual, stats, grads, None, Sinks(torch.zeros_like(tile.hidden), full, bias))
 
 
+def sparse(tile: Tile, everything: bool) -> None:
+    """All that a tolerance may launch."""
+    stats, residual = backend.forward(tile)
+    some = torch.zeros(N) if everything else None
+    kl = torch.zeros(N) if tile.reference is not None else None
+    grads = Grads(stats.logp, some, some, some, kl)
+    terms = calculus(rows_of(tile), residual.kept, residual.kept_ref, stats, residual.norms, grads)
+    rows, counts, kept = torch.arange(N), torch.zeros(1, N, dtype=torch.int32), entries.Kept.room(7, ENDS)
+    pieces, root, floor = backend.entry(tile.hidden.device).pieces, torch.zeros(()), torch.zeros(N)
+    entries.launch(0, terms, V, pieces, rows, root, None, torch.zeros(1), *[None] * 5)
+    entries.launch(1, terms, V, pieces, rows, root, floor, None, counts, *[None] * 4)
+    entries.launch(2, terms, V, pieces, rows, root, floor, None, counts, counts.long(), *kept[:3])
+    weight = tile.head.weight
+    assert weight is not None
+    bias = None if tile.head.bias is None else torch.zeros(V)
+    for fresh in (True, False):
+        sinks = Sinks(torch.zeros_like(tile.hidden), torch.zeros(weight.shape), bias, fresh)
+        found = Entries(rows, rows, torch.zeros(N), torch.zeros(N), kept)
+        backend.multiply(tile, found, sinks)
+        backend.backward(tile, residual, stats, grads, rows, sinks)
+
+
+ENDS = torch.zeros(N + 1, dtype=torch.int64)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES: dict[str, Callable[[], object]] = {
     "score bf16": lambda: backend.score(tile(BF16)),
@@ -54,6 +79,11 @@ CASES: dict[str, Callable[[], object]] = {
     "train bf16, all options": lambda: train(tile(BF16, rich=True), True),
     "train fp16": lambda: train(tile(FP16), True),
     "train fp32": lambda: train(tile(FP32), False),
+    "tolerance bf16": lambda: sparse(tile(BF16), False),
+    "tolerance bf16, all options": lambda: sparse(tile(BF16, rich=True), True),
+    "tolerance fp16": lambda: sparse(tile(FP16), False),
+    "tolerance fp32": lambda: sparse(tile(FP32), False),
+    "tolerance fp32, all options, kl": lambda: sparse(tile(FP32, rich=True, ref="reverse"), True),
     "kl bf16": lambda: train(tile(BF16, ref="reverse"), False),
     "kl bf16, all options, forward": lambda: train(tile(BF16, rich=True, ref="forward"), True),
     "kl fp32": lambda: train(tile(FP32, ref="reverse"), False),
