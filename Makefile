@@ -10,7 +10,7 @@ INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraint
 # libgomp spins while it waits; on a busy machine that turns microseconds into milliseconds
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-all test-peers lint bench docs clean
+.PHONY: demo test test-all test-peers lint bench docs wheels clean
 
 demo: $(TRAIN)
 	$(VENV)/bin/rlhf-train demo --out runs/demo --overwrite
@@ -71,5 +71,10 @@ $(DOCS): $(TEST)
 	@$(INSTALL) -e ".[docs]"
 	@touch $@
 
+# an sdist and a wheel in dist/, the wheel tried in a clean environment with each of these versions of torch
+TORCHES ?= 2.11.* 2.13.*
+wheels:
+	PYTHON=$(PYTHON) .ci/wheels $(foreach torch,$(TORCHES),"$(torch)")
+
 clean:
-	rm -rf $(VENV) build rlhf_kernels/_C*.so rlhf_kernels/_cuda*.so
+	rm -rf $(VENV) build dist rlhf_kernels/_C*.so rlhf_kernels/_cuda*.so

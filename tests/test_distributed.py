@@ -182,7 +182,7 @@ def test_hidden_states_may_be_spread_by_tokens():
 
 def test_what_the_document_shows_runs():
     text = Path(__file__).parent.parent.joinpath("docs/distributed.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(blocks) == 2
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "deepspeed" not in block]
+    assert len(blocks) == 2  # and another in tests/peers/test_deepspeed.py
     (losses,) = on_ranks(1, run_documented, blocks)
     assert all(abs(x) < 100 for x in losses)

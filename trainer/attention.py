@@ -6,7 +6,11 @@ word otherwise. Here the boundaries arrive as ``cu_seq_lens_q`` and no mask is b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -65,11 +69,13 @@ def padded_attention(
     for group in similar_lengths(lengths):
         longest = lengths[group[0]]
         offset = torch.arange(longest, device=device)
-        rows = torch.tensor([starts[i] for i in group], device=device)[:, None] + offset
-        inside = offset < torch.tensor([lengths[i] for i in group], device=device)[:, None]  # [g, longest]
+        length = torch.tensor([lengths[i] for i in group], device=device)[:, None]
+        inside = offset < length  # [g, longest]
+        # Beyond the end of a sequence stands its own last row, which no query inside can see. Not a neighbour's: a
+        # weight of zero times what is not finite would be seen.
+        rows = torch.tensor([starts[i] for i in group], device=device)[:, None] + torch.minimum(offset, length - 1)
         home[rows[inside]] = base + inside.flatten().nonzero().squeeze(1)
-        # Beyond the end of a sequence stands any finite row: no query inside can see it.
-        flat = rows.clamp(max=len(query) - 1).flatten()
+        flat = rows.flatten()
         q, k, v = (
             # index_select, because its backward adds whole rows and that of x[flat] goes element by element
             x.flatten(1).index_select(0, flat).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
@@ -88,10 +94,61 @@ def padded_attention(
     return torch.cat(outputs).index_select(0, home).view(query.shape)
 
 
+# flash-attn 3, 4 and 2: the compute capabilities and the widest heads that each has kernels for.
+FLASH = (
+    ("flash_attn_interface", range(9, 10), 256),
+    ("flash_attn.cute", range(9, 12), 128),
+    ("flash_attn", range(8, 13), 256),
+)
+# The arguments by which all of them are called; in betas of the fourth some are missing, or mean something else.
+ARGUMENTS = {
+    "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal",
+    "window_size", "deterministic",
+}  # fmt: skip
+
+
+@functools.cache
+def flash_attn(major: int, size: int) -> Callable[..., Any] | None:
+    """``flash_attn_varlen_func`` of the first flash-attn that is installed and knows the chip and the heads.
+
+    Args:
+        major: Of the chip's compute capability.
+        size: Of a head.
+
+    Returns:
+        None where there is no such flash-attn, or where what there is cannot be imported.
+    """
+    for name, chips, widest in FLASH:
+        if major in chips and size <= widest:
+            # The package of the second also holds files of the fourth, without what those import.
+            with contextlib.suppress(ImportError, AttributeError):
+                found = importlib.import_module(name).flash_attn_varlen_func
+                if inspect.signature(found).parameters.keys() >= ARGUMENTS:
+                    return found
+    return None
+
+
 def fused_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: int | None
 ) -> Tensor:
-    """The same on CUDA in half precision, by torch's own variable-length kernel."""
+    """The same on CUDA in half precision: by flash-attn where it is installed, by torch's own kernel elsewhere."""
+    flash = flash_attn(torch.cuda.get_device_capability(query.device)[0], query.shape[2])
+    if flash is None:
+        return torch_attention(query, key, value, cu_seqlens, longest, scale, window)
+    # Without a window the argument is left out: -1 is no limit to some of them, None to others.
+    limits = {} if window is None else {"window_size": (window - 1, 0)}
+    out = flash(
+        q=query, k=key, v=value, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest,
+        max_seqlen_k=longest, softmax_scale=scale, causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(), **limits,
+    )  # fmt: skip
+    return out[0] if isinstance(out, tuple) else out  # the fourth always, the third once, adds the log-sum-exp
+
+
+def torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: int | None
+) -> Tensor:
+    """The same by torch's variable-length kernel, on CUDA in half precision."""
     from torch.nn.attention.varlen import varlen_attn
 
     repeat = query.shape[1] // key.shape[1]
@@ -101,6 +158,13 @@ def fused_attention(
     out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(left, 0))
     assert isinstance(out, Tensor)
     return out
+
+
+def _fusible(query: Tensor) -> bool:
+    """Kernels for packed sequences want half precision, heads of a multiple of 8 up to 256, and an Ampere or later."""
+    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return half and fits and torch.cuda.get_device_capability(query.device)[0] >= 8
 
 
 def varlen_attention(
@@ -130,7 +194,7 @@ def varlen_attention(
     if attention_mask is not None or dropout != 0.0 or query.shape[0] != 1:
         raise ValueError("rk_varlen: packed input wants a batch of one, no attention mask and no dropout")
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if _fusible(query):
         assert max_length_q is not None
         out = fused_attention(rows[0], rows[1], rows[2], cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:

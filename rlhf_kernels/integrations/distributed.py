@@ -8,6 +8,8 @@ outside of it is a shard, or its gradient stays on its rank. So the call of the 
     out = module(batch)
     (out.loss * world_size).backward()       # engines average gradients over ranks; the denominators are global
 
+Read weights there through their modules (``model.lm_head.weight``): that is what makes DeepSpeed gather them.
+
 Ranks may have sequences of different lengths, and none to learn from at all: a loss of ignored targets alone is zero,
 with gradients of zero, so that everybody takes part in what the engine does.
 
