@@ -29,7 +29,7 @@ STAGES: dict[str, tuple[type[StageConfig], Run, dict[str, Any]]] = {
     "ppo": (
         ppo.PPOConfig, ppo.train,
         {"data": "prompts.jsonl", "steps": 2, "kl_target_per_seq": 0.01, "kl_horizon": 100.0, "ptx_coef": 0.1,
-         "ptx_data": "sft.jsonl", "ptx_batch_size": 3, "truncation": "bootstrap", "eval_every": 1},
+         "ptx_data": "sft.jsonl", "ptx_batch_size": 3, "truncation": "bootstrap", "eval_every": 1, "sample_batch": 2},
     ),
     "shared": (ppo.PPOConfig, ppo.train, {"data": "prompts.jsonl", "steps": 1, "value_model": "shared"}),
     "grpo": (grpo.GRPOConfig, grpo.train, {"data": "prompts.jsonl", "steps": 2, "num_generations": 3}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
@@ -182,6 +183,24 @@ def test_the_kl_of_kto_is_that_of_mismatched_replies_over_the_whole_step(
     world["batch_size"] = 1
     with pytest.raises(ValueError, match="batch_size: got 1, want at least 2"):
         kto.KTO(kto.KTOConfig(**world))
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_reward_that_no_reply_has_is_not_logged(label: bool, world: dict[str, Any], tmp_path: Path) -> None:
+    """Zero would read as a measurement, in a step as on held-out replies."""
+    kinds = ["rewards/chosen", "rewards/rejected"]
+    rows = lines(labelled(tmp_path / "l.jsonl", 12))
+    write(tmp_path / "l.jsonl", [row for row in rows if row["label"] == label])
+    there, absent = kinds if label else kinds[::-1]
+    world |= {"data": tmp_path / "l.jsonl", "eval_data": tmp_path / "l.jsonl", "max_tokens": 20}
+    kto.train(kto.KTOConfig(**world | {"steps": 3, "batch_size": 4, "lr": 3e-3}))
+    steps = lines(world["out"] / "metrics.jsonl")
+    assert [absent in step or "rewards/margins" in step for step in steps] == [False] * 3
+    assert steps[0][there] == pytest.approx(0, abs=1e-6)
+    assert steps[-1][there] != 0
+    summary = json.loads((world["out"] / "summary.json").read_text())["kto"]
+    told = {name for name in summary if "reward" in name}
+    assert told == {"held_out_" + there.replace("/", "_")}
 
 
 @pytest.mark.parametrize(

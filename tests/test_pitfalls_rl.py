@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def test_pitfall_09_the_controller_follows_the_published_formula(tmp_path: Path)
 def test_pitfall_10_temperature_and_soft_cap_are_those_of_the_sampler(tmp_path: Path) -> None:
     """Log-probabilities of sampler, of training and of plain float64 arithmetic agree."""
     policy = small_policy()
-    policy.model.config.final_logit_softcapping = 2.0
+    policy.parts = replace(policy.parts, constants={"softcap": 2.0})
     cfg = ppo.PPOConfig(data=tmp_path, reward="", temperature=0.6, max_new_tokens=20)
     batch, metrics = collect(
         cfg, policy, small_policy(seed=5), None, lambda rollout, records: torch.zeros(3), [[2, 3], [4], [5, 6, 7]],

@@ -118,13 +118,13 @@ def test_pitfall_22_no_tensor_of_tokens_by_vocabulary(
     stage: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loading, sampling, scoring, training, evaluation: nothing is larger than the head's weight."""
-    tokens, forward = [], models._hidden
+    tokens, inputs = [], models._inputs
 
-    def counted(backbone: Any, packed: Any) -> Any:
+    def counted(packed: Any) -> Any:
         tokens.append(len(packed.input_ids))
-        return forward(backbone, packed)
+        return inputs(packed)
 
-    monkeypatch.setattr(models, "_hidden", counted)
+    monkeypatch.setattr(models, "_inputs", counted)
     run, config = config_of(stage, folder, tmp_path / "out")
     with Allocations() as seen:
         run(config)

@@ -11,12 +11,12 @@ import torch
 
 from tests.rl_worlds import experience, gradient, world
 from tests.trainer_worlds import lines, ragged, small_policy
-from trainer import grpo, ppo
+from trainer import grpo, ppo, rollout
 from trainer.experience import importance
 from trainer.nucleus import nucleus
 from trainer.packing import Sample, pack
 from trainer.rl import Totals
-from trainer.rollout import Rollout, sample
+from trainer.rollout import Rollout, _continue, sample
 
 
 def test_the_log_probabilities_of_the_sampler_stand_in_the_rows_of_their_tokens() -> None:
@@ -42,6 +42,41 @@ def test_the_sampler_draws_from_the_policy_it_reports(temperature: float, sample
     assert bool((error < 5 * (p * (1 - p) / 4000).sqrt() + 1e-3).all())
     reported = torch.tensor([x[0] for x in rollout.sampler_logp])
     torch.testing.assert_close(reported, p.log()[first], rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_batch_draws_from_the_generator_and_the_others_from_their_own() -> None:
+    """A batch says the same whatever happens in the others, and no two of them draw the same numbers."""
+    policy, one = small_policy(), [[2, 3]] * 6
+    alone, source = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    tokens, logp = _continue(policy, one, 7, alone, 1.0, 1.0)
+    whole = sample(policy, one, max_new_tokens=7, generator=source)
+    for i in range(6):
+        said = whole.response(i)
+        assert (tokens[i, : len(said)].tolist(), logp[i, : len(said)].tolist()) == (said, whole.sampler_logp[i])
+    assert torch.equal(alone.get_state(), source.get_state())
+
+    def spoken(prompts: list[list[int]]) -> list[list[int]]:
+        found = sample(policy, prompts, max_new_tokens=7, generator=torch.Generator().manual_seed(1), batch_size=6)
+        return [found.response(i) for i in range(len(prompts))]
+
+    three = spoken(one * 3)
+    assert three[:6] != three[6:12] != three[12:] != three[:6]
+    assert spoken([[4, 5]] * 6 + one + one)[6:] == three[6:]
+
+
+def test_the_configuration_says_how_many_are_sampled_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def counted(policy: Any, prompts: Any, *rest: Any) -> Any:
+        seen.append(len(prompts))
+        return _continue(policy, prompts, *rest)
+
+    monkeypatch.setattr(rollout, "_continue", counted)
+    cfg = ppo.PPOConfig(**world(tmp_path) | {"steps": 1}, sample_batch=4)
+    ppo.train(cfg)
+    assert seen[:3] == [4, 4, 2]
+    with pytest.raises(ValueError, match="sample_batch: got 0, want at least 1"):
+        ppo.train(replace(cfg, sample_batch=0))
 
 
 def test_the_nucleus_holds_the_likeliest_tokens_and_no_more() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.fault_worlds import config, world
 from tests.fault_worlds import train as run_stage
+from tests.spread_runs import CASES, sampled
 from tests.trainer_commands import command
 from tests.trainer_worlds import lines
 from trainer import ranks
@@ -60,10 +63,20 @@ def same_weights(one: Path, other: Path) -> None:
             assert float((x - got[key]).abs().max()) <= 1e-6, (name, key)
 
 
+def shared_sampling(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Each rank did its share, both have the rollout of one process, bit for bit, and nobody waits for who fails."""
+    assert [seen for seen, _ in first["sampled"]] == [[3, 3], [3, 3], [10]]
+    assert [seen for seen, _ in second["sampled"]] == [[3, 1], [3, 1], []]
+    for case, mine, theirs in zip(CASES, first["sampled"], second["sampled"], strict=True):
+        assert mine[1] == theirs[1] == sampled(*case)[1]
+    assert first["heard"] == "RuntimeError('rank 1 has failed: ZeroDivisionError: division by zero')"
+    assert second["heard"] == "ZeroDivisionError('division by zero')"
+
+
 @pytest.mark.parametrize(
     "stages", [pytest.param(QUICK, id="-".join(QUICK)), pytest.param(LONG, id="-".join(LONG), marks=pytest.mark.slow)]
 )
-def test_two_processes_train_what_one_trains(tmp_path, stages):
+def test_two_processes_train_and_sample_what_one_does(tmp_path, stages):
     world(tmp_path)
     pair = torchrun("tests.spread_runs", str(tmp_path), *stages)
     for stage in stages:
@@ -78,6 +91,7 @@ def test_two_processes_train_what_one_trains(tmp_path, stages):
                 theirs["loss" if "loss" in theirs else "objective/scores"], rel=1e-4, abs=1e-5
             )
         assert (spread / "report.html").exists()
+    shared_sampling(*(json.loads((tmp_path / f"sampled-{rank}.json").read_text()) for rank in (0, 1)))
 
 
 def test_killed_on_two_ranks_and_resumed_on_one(tmp_path):
@@ -114,4 +128,5 @@ def test_alone_nothing_is_summed():
     ranks.sum_gradients([p])
     assert p.grad is None
     assert ranks.total({"a": 1.0}) == {"a": 1.0}
+    assert ranks.spread("ab", str.upper) == ["A", "B"]
     assert ranks.from_first("x") == "x"

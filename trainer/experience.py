@@ -94,9 +94,8 @@ def collect(
     rollout = sample(
         policy, prompts,
         max_new_tokens=cfg.max_new_tokens, generator=generator, temperature=cfg.temperature, top_p=cfg.top_p,
-        sampler=cfg.sampler,
+        sampler=cfg.sampler, batch_size=cfg.sample_batch,
     )  # fmt: skip
-    rollout = ranks.from_first(rollout)
     sampled = perf_counter()
     device = policy.weight.device
     packed = rollout.pack(device)

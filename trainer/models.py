@@ -17,21 +17,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils.logging import disable_progress_bar
 
 import rlhf_kernels as rk
+from rlhf_kernels.integrations.transformers import Parts, take_apart
 from trainer.attention import NAME
 from trainer.packing import Packed, Sample, pack
 
 disable_progress_bar()  # loading a tiny model is not news, and the stages have a bar of their own
 
 
-def _hidden(backbone: nn.Module, packed: Packed) -> Tensor:
-    """Last hidden states of packed sequences, [N, H]."""
+def _inputs(packed: Packed) -> dict[str, Any]:
+    """Of a forward over packed sequences."""
     cu, longest = packed.cu_seqlens, max(packed.lengths)
     # use_cache=False and no mask: with either, transformers would attend across sequences.
-    out = backbone(
-        input_ids=packed.input_ids[None], position_ids=packed.position_ids[None], use_cache=False,
-        cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=longest, max_length_k=longest,
-    )  # fmt: skip
-    return out.last_hidden_state[0]
+    return {
+        "input_ids": packed.input_ids[None], "position_ids": packed.position_ids[None], "use_cache": False,
+        "cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
 
 
 class Seen(nn.Module):
@@ -55,28 +55,42 @@ class Seen(nn.Module):
 
 
 class Policy(Seen):
-    """A causal language model of transformers with a plain linear head."""
+    """A causal language model of transformers, taken apart into hidden states and a linear head with options.
+
+    Args:
+        model: Any that ``rlhf_kernels.integrations.transformers.take_apart`` can take apart (docs/models.md).
+        tokenizer: Its own.
+
+    Raises:
+        ValueError: The model cannot be taken apart.
+    """
 
     tolerance: float | None = None  # of its losses
+    parts: Parts
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__(model, tokenizer)
+        self.parts = take_apart(model)
 
     @property
     def weight(self) -> Tensor:
         """Weight of the head, [V, H]."""
-        return self.model.get_output_embeddings().weight
+        return self.parts.weight
 
     @property
     def head(self) -> dict[str, Any]:
         """The head's options for the library."""
-        config = self.model.config
-        options: dict[str, Any] = {"bias": self.model.get_output_embeddings().bias}
-        softcap = getattr(config, "final_logit_softcapping", None)
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-        options |= {} if self.tolerance is None else {"tolerance": self.tolerance}
-        return options | ({"softcap": softcap} if softcap else {}) | ({"logit_scale": scale} if scale != 1.0 else {})
+        return self.parts.options | ({} if self.tolerance is None else {"tolerance": self.tolerance})
+
+    def states(self, **inputs: Any) -> Tensor:
+        """What the head reads, [B, T, H]; ``inputs`` are those of the model's forward."""
+        if self.parts.plain:
+            return self.parts.backbone(**inputs).last_hidden_state
+        return self.parts.hidden_states(**inputs)
 
     def hidden(self, packed: Packed) -> Tensor:
         """[N, H], aligned with ``packed.targets``."""
-        return _hidden(self.backbone, packed)
+        return self.states(**_inputs(packed))[0]
 
     def stats(self, packed: Packed, temperature: float = 1.0) -> Any:
         """Log-probability and entropy of each target, by the same forward that training uses."""
@@ -84,10 +98,7 @@ class Policy(Seen):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits of a few rows, for the sampler. [n, H] to [n, V]."""
-        options = self.head
-        z = nn.functional.linear(hidden, self.weight, options["bias"]).float() * options.get("logit_scale", 1.0)
-        softcap = options.get("softcap")
-        return softcap * torch.tanh(z / softcap) if softcap else z
+        return self.parts.logits(hidden)
 
 
 class ScalarModel(Seen):
@@ -105,13 +116,17 @@ class ScalarModel(Seen):
             raise ValueError(f"model: want one linear head with one output, got {heads}")
         return heads[0]
 
+    def hidden(self, packed: Packed) -> Tensor:
+        """Last hidden states, [N, H]."""
+        return self.backbone(**_inputs(packed)).last_hidden_state[0]
+
     def values(self, packed: Packed) -> Tensor:
         """[N] float32, one per row."""
-        return self.head(_hidden(self.backbone, packed)).squeeze(-1).float()
+        return self.head(self.hidden(packed)).squeeze(-1).float()
 
     def raw_scores(self, packed: Packed) -> Tensor:
         """[S] float32, read at the last token of each sequence."""
-        return self.head(_hidden(self.backbone, packed)[packed.last_rows]).squeeze(-1).float()
+        return self.head(self.hidden(packed)[packed.last_rows]).squeeze(-1).float()
 
     def scores(self, packed: Packed) -> Tensor:
         """[S] float32 with mean 0 and standard deviation 1 under the policy of ``set_statistics``."""
@@ -134,15 +149,29 @@ def load_policy(path: str) -> Policy:
     """A local directory or hub id. Weights in float32; code from the hub is never run.
 
     Raises:
-        ValueError: If the head is not a plain linear one, the tokenizer has no end of sequence, or packed sequences
-            do not give the hidden states that they give alone.
+        ValueError: If the model cannot be taken apart into hidden states and a linear head, the tokenizer has no end
+            of sequence, or packed sequences do not give the logits that they give alone.
     """
     path = resolve(path)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, attn_implementation=NAME, dtype=torch.float32, use_safetensors=True
-    )
-    policy = Policy(model, AutoTokenizer.from_pretrained(path))
-    _check(policy, path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, attn_implementation=NAME, dtype=torch.float32, use_safetensors=True
+        )
+    except KeyError as error:
+        if error.args != (NAME,):
+            raise
+        raise ValueError(f"model: {path} has an attention that cannot be told to keep sequences apart") from None
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model: the tokenizer of {path} has no end-of-sequence token, which every response needs")
+    try:
+        policy = Policy(model, tokenizer)
+        _check(policy)
+    except Exception as error:
+        # What our attention refuses arrives as the reason why a forward failed.
+        told = next((e for e in (error.__context__, error) if str(e).startswith("model: ")), None)
+        fails = f"model: {type(model).__name__} fails on packed sequences: {type(error).__name__}: {error}"
+        raise ValueError(f"{told or fails} ({path})") from error
     return policy
 
 
@@ -181,21 +210,20 @@ def frozen(policy: Policy) -> Policy:
 
 
 @torch.no_grad()
-def _check(policy: Policy, path: str) -> None:
-    """Tries what would otherwise fail in silence: heads with hidden extras, attention that leaks between sequences."""
-    if policy.tokenizer.eos_token_id is None:
-        raise ValueError(f"model: the tokenizer of {path} has no end-of-sequence token, which every response needs")
-    if not isinstance(policy.model.get_output_embeddings(), nn.Linear):
-        raise ValueError(f"model: want a plain linear head, {path} has {policy.model.get_output_embeddings()}")
+def _check(policy: Policy) -> None:
+    """Tries what would otherwise fail in silence: attention that leaks between sequences, or sees less than it should.
+
+    That the logits are those of a linear head, ``take_apart`` has tried.
+    """
     kind, device = type(policy.model).__name__, policy.weight.device
     samples = [Sample([0, 1, 2, 3], 1), Sample([3, 2, 1, 0], 1)]
     together = policy.hidden(pack(samples, device))
     for sample, mine in zip(samples, together.split(4), strict=True):
         if not torch.allclose(mine, policy.hidden(pack([sample], device)), rtol=1e-3, atol=1e-3):
-            raise ValueError(f"model: the attention of {kind} at {path} does not keep packed sequences apart")
+            raise ValueError(f"model: the attention of {kind} does not keep packed sequences apart")
         theirs = policy.model(input_ids=torch.tensor([sample.tokens], device=device), use_cache=False).logits[0]
         if not torch.allclose(policy.logits(mine), theirs.float(), rtol=1e-3, atol=1e-3):
-            raise ValueError(f"model: want a plain linear head, {kind} at {path} does more to its logits")
+            raise ValueError(f"model: packed sequences do not give the logits that {kind} gives by itself")
 
 
 def _save_aside(path: Path, model: Any, tokenizer: Any) -> None:

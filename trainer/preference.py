@@ -174,19 +174,22 @@ class Loop:
 
 
 def per_unit(metrics: dict[str, Any], part: Part, totals: Totals) -> dict[str, Any]:
-    """The optimizer averages over units; what is a mean over tokens or labels is scaled to come out exact."""
-    mine = part.totals
-    units = totals.units / mine.units
-    bad, all_bad = mine.units - mine.good, totals.units - totals.good
-    shares = {"nll": mine.tokens / max(totals.tokens, 1)}
+    """The optimizer averages over units; what is a mean over tokens or labels is scaled to come out exact.
+
+    The mean over no label at all is left out: a zero would read as a measurement.
+    """
+    mine, each = part.totals, totals.units / part.totals.units
+    counts = {"nll": (mine.tokens, totals.tokens)}
     if "accuracy" not in metrics:  # replies with labels, not pairs
-        shares |= {"rewards/chosen": mine.good / max(totals.good, 1), "rewards/rejected": bad / max(all_bad, 1)}
-    return {name: x * (shares[name] * units) if name in shares else x for name, x in metrics.items()}
+        bad, all_bad = mine.units - mine.good, totals.units - totals.good
+        counts |= {"rewards/chosen": (mine.good, totals.good), "rewards/rejected": (bad, all_bad)}
+    shares = {name: n / of * each for name, (n, of) in counts.items() if of}
+    return {name: x * shares.get(name, 1.0) for name, x in metrics.items() if name in shares or name not in counts}
 
 
 def with_margins(metrics: dict[str, float]) -> dict[str, float]:
-    """Adds the difference of rewards where replies come one by one."""
-    if "rewards/chosen" in metrics and "rewards/margins" not in metrics:
+    """Adds the difference of rewards where replies come one by one, and there are some of both kinds."""
+    if {"rewards/chosen", "rewards/rejected"} <= metrics.keys() and "rewards/margins" not in metrics:
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return metrics
 

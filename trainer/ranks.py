@@ -1,8 +1,8 @@
-"""Several processes on one run, as ``torchrun`` starts them: ranks share the micro-batches of a step.
+"""Several processes on one run, as ``torchrun`` starts them: ranks share the micro-batches of a step, and sampling.
 
-Everything else is the same everywhere: every rank reads the data, samples, scores and steps its own copy of the models,
-so that nothing depends on how many there are, and a checkpoint can be resumed on any number. Only the first rank's run
-folder is real; the others work in a folder of their own that is gone afterwards. A model has to fit on each device.
+Everything else is the same everywhere: every rank reads the data, scores and steps its own copy of the models, so that
+nothing depends on how many there are, and a checkpoint can be resumed on any number. Only the first rank's run folder
+is real; the others work in a folder of their own that is gone afterwards. A model has to fit on each device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 T = TypeVar("T")
+R = TypeVar("R")
 PATIENCE = timedelta(hours=2)  # for one another: a rollout may take long on one of them
 
 
@@ -72,6 +73,41 @@ def placed(config: T, *, resume: bool = False) -> T:
 def share(parts: Iterable[T]) -> list[tuple[int, T]]:
     """This rank's micro-batches of a step, with their numbers."""
     return [(i, part) for i, part in enumerate(parts) if i % count() == mine()]
+
+
+def spread(parts: Iterable[T], work: Callable[[T], R]) -> list[R]:
+    """What ``work`` makes of each part, in their order and on every rank; each part is one rank's.
+
+    Args:
+        parts: The same on every rank.
+        work: Its results can be pickled.
+
+    Raises:
+        RuntimeError: It has failed on another rank. On that rank the error is its own, so that nobody waits for it.
+
+    Example:
+        >>> spread([2, 3], lambda x: x * x)
+        [4, 9]
+    """
+    if count() == 1:
+        return [work(part) for part in parts]
+    import torch.distributed as dist
+
+    found: dict[int, R] = {}
+    failed = ""
+    told: list[Any] = [None] * count()
+    try:
+        found = {i: work(part) for i, part in share(parts)}
+    except BaseException as error:
+        failed = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        dist.all_gather_object(told, (found, failed))
+    for rank, (_, why) in enumerate(told):
+        if why:
+            raise RuntimeError(f"rank {rank} has failed: {why}")
+    results = {i: result for one, _ in told for i, result in one.items()}
+    return [results[i] for i in range(len(results))]
 
 
 def total(found: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class RLConfig(shaping.RewardOptions):
     """Added to the denominator of Adam."""
     sampler: Literal["cached", "generate"] = "cached"
     """Who samples: our own small loop, or transformers' generate, which knows more kinds of models and is slower."""
+    sample_batch: int = 512
+    """Responses in flight together. Ranks share these batches: with as many of them as ranks, every rank samples."""
     temperature: float = 1.0
     """Of sampling, and of every log-probability in training."""
     top_p: float = 1.0
@@ -80,7 +82,7 @@ def check(cfg: RLConfig) -> None:
     """
     shaping.check(cfg)
     thresholds_from(cfg.thresholds)
-    for name in ("max_new_tokens", "epochs", "minibatches", "ptx_batch_size", "eval_every"):
+    for name in ("max_new_tokens", "epochs", "minibatches", "ptx_batch_size", "eval_every", "sample_batch"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name}: got {getattr(cfg, name)}, want at least 1")
     for name in ("kl_coef", "entropy_coef", "ptx_coef"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from trainer import ranks
 from trainer.models import Policy
 from trainer.nucleus import nucleus
 from trainer.packing import Packed, Sample, pack
@@ -60,28 +61,36 @@ def sample(
         policy: Its tokenizer names the end-of-sequence token.
         prompts: Token ids, none of them empty.
         max_new_tokens: A response that has not ended by then is truncated.
-        generator: Source of randomness, on the policy's device.
+        generator: Source of randomness, on the policy's device. The first batch draws from it, and each other one from
+            a generator of its own that it seeds, so that no batch needs to know of another.
         temperature: Divides the logits; 0 takes the likeliest token.
         top_p: Samples from the fewest tokens that hold at least this mass; log-probabilities are then of that choice.
         sampler: Our own, or transformers' ``generate``; they draw other random numbers from one distribution.
-        batch_size: Prompts in flight together. Prompts of similar length share a batch.
+        batch_size: Prompts in flight together. Prompts of similar length share a batch, and ranks share the batches;
+            the result does not depend on their number.
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("prompts: want at least one, and none of them empty")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    responses: list[list[int]] = [[] for _ in prompts]
-    logps: list[list[float]] = [[] for _ in prompts]
-    for at in range(0, len(order), batch_size):
-        chunk = order[at : at + batch_size]
-        run = _continue if sampler == "cached" else generated
-        tokens, chosen = run(policy, [prompts[i] for i in chunk], max_new_tokens, generator, temperature, top_p)
-        eos = policy.tokenizer.eos_token_id
-        for i, row, logp in zip(chunk, tokens.tolist(), chosen.tolist(), strict=True):
-            length = row.index(eos) + 1 if eos in row else len(row)
-            responses[i], logps[i] = row[:length], logp[:length]
+    chunks = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    seeds = torch.randint(2**62, (len(chunks) - 1,), generator=generator, device=generator.device).tolist()
+    sources = [generator, *(torch.Generator(generator.device).manual_seed(seed) for seed in seeds)]
+    eos, run = policy.tokenizer.eos_token_id, _continue if sampler == "cached" else generated
+
+    def sampled(part: tuple[list[int], torch.Generator]) -> tuple[list[tuple[list[int], list[float]]], Tensor]:
+        """Responses with their log-probabilities, and what has become of the generator."""
+        chunk, source = part
+        tokens, chosen = run(policy, [prompts[i] for i in chunk], max_new_tokens, source, temperature, top_p)
+        lengths = [row.index(eos) + 1 if eos in row else len(row) for row in tokens.tolist()]
+        rows = zip(tokens.tolist(), chosen.tolist(), lengths, strict=True)
+        return [(row[:length], logp[:length]) for row, logp, length in rows], source.get_state()
+
+    found = ranks.spread(zip(chunks, sources, strict=True), sampled)
+    generator.set_state(found[0][1])  # of the rank that had the first batch
+    said = {i: row for chunk, (rows, _) in zip(chunks, found, strict=True) for i, row in zip(chunk, rows, strict=True)}
+    responses, logps = [said[i][0] for i in range(len(prompts))], [said[i][1] for i in range(len(prompts))]
     samples = [Sample(list(p) + r, len(p)) for p, r in zip(prompts, responses, strict=True)]
-    truncated = [r[-1] != policy.tokenizer.eos_token_id for r in responses]
-    return Rollout(samples, truncated, logps)
+    return Rollout(samples, [r[-1] != eos for r in responses], logps)
 
 
 def _continue(
@@ -107,9 +116,9 @@ def _continue(
     alive = torch.arange(len(prompts), device=device)  # rows that are still being written
     cache = DynamicCache(config=policy.model.config)
     for t in range(max_new_tokens):
-        hidden = policy.backbone(
+        hidden = policy.states(
             input_ids=ids, position_ids=position, attention_mask=mask, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
+        )[:, -1]
         scores = torch.log_softmax(policy.logits(hidden) / (temperature or 1.0), -1)
         if top_p < 1:
             scores = nucleus(scores, top_p)

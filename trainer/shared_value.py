@@ -16,10 +16,16 @@ class SharedValue(nn.Module):
 
     Args:
         policy: Gives hidden states, and takes the gradient of the value loss.
+
+    Raises:
+        ValueError: The policy has something between its backbone and its head, which a saved value model has not.
     """
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
+        if not policy.parts.plain:
+            kind = type(policy.model).__name__
+            raise ValueError(f"value_model: got shared, want a model of its own: {kind} has more than a backbone")
         self.head = nn.Linear(policy.weight.shape[1], 1, bias=False, device=policy.weight.device)
         nn.init.zeros_(self.head.weight)
         self.policies = [policy]  # in a list, where torch does not look for weights: these have an owner

@@ -73,7 +73,7 @@ class TokenConfig(StageConfig):
     """Options of every stage whose loss meets the language-model head."""
 
     tolerance: float | None = None
-    """Share that the gradient of a token's logits may lose for speed, such as 0.001; by default nothing is left out."""
+    """Share of their gradient that logits may lose for speed, such as 0.0002; by default nothing is left out."""
 
 
 class Optimizer:
