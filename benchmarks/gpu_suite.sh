@@ -4,8 +4,8 @@
 #   bash benchmarks/gpu_suite.sh OUT                  all parts that OUT does not hold yet
 #   bash benchmarks/gpu_suite.sh OUT probe head       these parts only
 #
-# Parts: build probe tests kernels head gae peers peers_large memcheck racecheck. Needs torch 2.11 or newer, triton, pytest
-# and, for build, a C++ compiler, pybind11 and ninja; nvcc makes the CUDA kernels. Nothing is downloaded. The peers parts
+# Parts: build probe tests kernels head gae peers peers_large tolerance memcheck racecheck. Needs torch 2.11 or newer,
+# triton, pytest and, for build, a C++ compiler, pybind11 and ninja; nvcc makes the CUDA kernels. Nothing is downloaded. The peers parts
 # measure beside whoever is installed, or unpacked in RLHF_KERNELS_PEERS (benchmarks/pack_peers.py). A part that fails is
 # said so at the end, in the exit status and in OUT/<part>.log; the others run all the same. Commit OUT/gpu-*.json to
 # benchmarks/results: they hold the device, the versions and a hash of the kernel sources.
@@ -16,7 +16,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(build probe tests kernels head gae peers peers_large memcheck racecheck)
+[ ${#parts[@]} -gt 0 ] || parts=(build probe tests kernels head gae peers peers_large tolerance memcheck racecheck)
 python=${PYTHON:-python3}
 device=${RLHF_KERNELS_SUITE_DEVICE:-cuda} # cpu: a dry run at tiny sizes
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -54,6 +54,14 @@ part_peers() {
   # on a CPU, peers whose kernels want a GPU are interpreted
   [ "$device" != cpu ] || "$python" -O -W ignore -m benchmarks.dry_run || return 1
   beside_peers qwen2.5-0.5b --only gae --out "$out/gpu-peers-qwen2.5-0.5b.json"
+}
+part_tolerance() {
+  local shape=qwen3-8b tokens=8192 rounds=5
+  [ "$device" = cpu ] && shape=tiny tokens=64 rounds=1
+  "$python" -W ignore -m benchmarks.tolerance --shape $shape --tokens $tokens --dtype bf16 --device "$device" --kept \
+    --rounds $rounds --out "$out/gpu-tolerance-$shape.json" \
+    && "$python" -W ignore -m benchmarks.tolerance --shape $shape --tokens $tokens --dtype bf16 --device "$device" \
+      --rounds $rounds --no-peers --nats inf --all-rows --out "$out/gpu-tolerance-uniform.json"
 }
 part_peers_large() { beside_peers qwen3-8b --out "$out/gpu-peers-qwen3-8b.json"; }
 sanitized() {

@@ -1,6 +1,7 @@
 """What `tolerance=` is worth: time, what was lost, and the error of the gradients, beside the exact way and the peers.
 
     python -m benchmarks.tolerance --shape small --dtype fp32 --out FILE     # a minute; the large shape takes ten
+    python -m benchmarks.tolerance --shape qwen3-8b --tokens 8192 --dtype bf16 --device cuda --kept
 
 The batch is RL-like: half of it prompt, 30 % of the rest without advantage. Everybody runs in one process and in turns;
 ratios are paired by round. Peers are given the whole batch or, `--kept`, the rows that count only. Errors are relative
@@ -23,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rlhf_kernels as rk
-from benchmarks.cases import DTYPES, SHAPES, Batch, draw, for_op
+from benchmarks.cases import DTYPES, MODELS, SHAPES, Batch, draw, for_op, shape_of
 from benchmarks.contenders import contenders
+from benchmarks.kernel_hash import hashes
 from benchmarks.objectives import LOSSES
 from benchmarks.peers import Skipped
 from benchmarks.report import environment
@@ -50,7 +52,7 @@ def plain(batch: Batch, dtype: torch.dtype) -> Gradients:
         F.linear(hidden[some], weight).float().log_softmax(-1).gather(1, batch.targets[some, None]).squeeze(1)
         for some in rows.split(64)
     ])  # fmt: skip
-    whole = torch.zeros(len(batch.targets)).index_copy(0, rows, logp)
+    whole = torch.zeros(len(batch.targets), device=logp.device).index_copy(0, rows, logp)
     grads = torch.autograd.grad(LOSSES["sparse"](whole, None, batch), (hidden, weight))
     return grads[0], grads[1]
 
@@ -91,10 +93,13 @@ def times(batch: Batch, op: str, rounds: int, peers: bool) -> dict[str, list[flo
             print(f"{contender.name}: skipped, {error}", flush=True)
             steps.pop(contender.name, None)
     found: dict[str, list[float]] = {name: [] for name in steps}
+    wait = torch.cuda.synchronize if batch.hidden.is_cuda else lambda: None
     for _ in range(rounds + 1):
         for name, step in steps.items():
+            wait()
             began = time.perf_counter()
             step()
+            wait()
             found[name].append(time.perf_counter() - began)
     return {name: seconds[1:] for name, seconds in found.items()}  # the first round warms up
 
@@ -121,7 +126,9 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", choices=[*SHAPES, *MODELS], default="small")
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--nats", type=float, default=0.5, help="mean entropy of the rows, inf for uniform ones")
     parser.add_argument("--all-rows", action="store_true", help="no prompts, and every row with a gradient")
@@ -132,12 +139,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    batch, truth = draw(SHAPES[args.shape], DTYPES[args.dtype], nats=args.nats)
+    shape = shape_of(args.shape, args.tokens)
+    batch, truth = draw(shape, DTYPES[args.dtype], nats=args.nats, device=args.device)
     op = "train" if args.all_rows else "sparse_kept" if args.kept else "sparse"
     batch, _ = for_op(op, batch, truth)
     result = {
         "environment": environment(args.threads, None),
-        "shape": str(SHAPES[args.shape]),
+        "sources": hashes(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "shape": str(shape),
         "dtype": args.dtype,
         "nats": args.nats,
         "op": op,

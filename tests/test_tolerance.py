@@ -130,7 +130,8 @@ def test_the_bound_holds_for_all_that_a_head_can_have(backend, what, softcap, to
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(KINDS), seed=st.integers(0, 10**6), tolerance=st.floats(1e-4, 0.9),
-    size=st.sampled_from([1e-18, 1e-6, 1.0, 1e6, 1e18]), name=st.sampled_from(["logp", "entropy", "lse", "mean_logit"]),
+    size=st.sampled_from([1e-30, 1e-18, 1e-6, 1.0, 1e6, 1e18]),
+    name=st.sampled_from(["logp", "entropy", "lse", "mean_logit"]),
 )  # fmt: skip
 @pytest.mark.parametrize("which", ["native", "eager"])
 def test_the_bound_holds_whatever_comes(which, kind, seed, tolerance, size, name):
@@ -197,7 +198,8 @@ def test_rows_that_hardly_matter_keep_nothing(backend):
     assert_bound(found, dense, 0.01, 1e-6)
     x = z.clone().requires_grad_()
     metrics = rk.sft_loss(x, torch.eye(V), targets, tolerance=0.01, backend=backend).metrics
-    assert metrics["tolerance/lost"] <= 0.01
+    lost = ((found - dense).norm() / dense.norm()).item()
+    assert 0 < lost * (1 - 1e-3) <= metrics["tolerance/lost"].item() <= 0.01
     assert metrics["tolerance/dense"] == 10 / 40
 
 

@@ -20,7 +20,6 @@ from rlhf_kernels.types import Entries, Grads, Sinks, Tile, TokenStats
 ROWS = 64  # whose gradients are looked at together
 STRIP = 2048  # columns that are multiplied together
 SAFE = 1 - 1e-3  # sums of squares are rounded, and so are statistics
-TINY = 1e-28  # squares of what is far smaller are no floats
 UNSURE = 2.0**-22  # of a probability that was rounded to one
 
 
@@ -71,7 +70,7 @@ def share(
     most = _absolute_sum(tile, stats, grads)[rows]
     allowed = tolerance**2 * SAFE * seen.square().mean()
     quiet = most.square() <= allowed
-    flat = (stats.entropy[rows] > math.log(few)) | ~(allowed > TINY)  # and whoever meets a NaN
+    flat = (stats.entropy[rows] > math.log(few)) | ~(allowed > 0)  # which a NaN is not
     look = ~(quiet | flat)
     lost = most.square().masked_fill(flat, 0.0)[~look]
     return Share(rows[look], rows[flat], lost, seen[~look].square(), allowed, (allowed / most[look]).float())
@@ -91,8 +90,11 @@ def _at_targets(tile: Tile, stats: TokenStats, grads: Grads, columns: int, log_q
     def column(x: Tensor | None) -> Tensor | float:
         return 0.0 if x is None else x.double()[:, None]
 
-    # g - g p without its cancellation; what other ids of the row send is on top
-    g = -g_logp * log_p.expm1() + p * (g_logp - g_logp.sum(1, keepdim=True) + column(grads.lse))
+    own = torch.zeros_like(g_logp)  # what the ids of a row send to this one, which may be there more than once
+    for k in range(g_logp.shape[1]):
+        own += g_logp[:, k : k + 1].where(tile.targets == tile.targets[:, k : k + 1], 0.0)
+    # own - own p without its cancellation; what other ids send is on top
+    g = -own * log_p.expm1() + p * (own - g_logp.sum(1, keepdim=True) + column(grads.lse))
     g = g - p * (log_p + column(stats.entropy)).nan_to_num(neginf=0.0) * column(grads.entropy)
     g = g + column(grads.mean_logit) / columns
     if grads.kl is not None and tile.reference is not None and log_q is not None:
