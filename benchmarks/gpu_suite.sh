@@ -22,7 +22,7 @@ device=${RLHF_KERNELS_SUITE_DEVICE:-cuda} # cpu: a dry run at tiny sizes
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export PATH=$PATH:/usr/local/cuda/bin
 # the tests that the CPU backends pass too, and the files that only a GPU can run
-judged=(tests/test_token_stats.py tests/test_numerics.py tests/test_every_loss.py tests/test_fused_loss.py)
+judged=(tests/test_token_stats.py tests/test_numerics.py tests/test_every_loss.py tests/test_fused_loss.py tests/test_tolerance.py)
 
 part_build() { RLHF_KERNELS_EXT=1 "$python" setup.py -q build_ext --inplace && "$python" -c 'import rlhf_kernels as rk; print(rk.backends())'; }
 part_probe() { "$python" benchmarks/gpu_probe.py --out "$out/gpu-probe.json" $([ "$device" = cpu ] && echo --device cpu); }
