@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from itertools import pairwise
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,10 +27,11 @@ CASES = [(None, 4, None), (1, 4, 0.3), (5, 2, None), (5, 4, 0.3), (100, 1, 2.0)]
 THIRD, FOURTH, SECOND = (name for name, _, _ in attention.FLASH)
 
 
-def problem(key_heads: int = 4, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Tensor]:
-    """Query, key and value of four heads of 8, and the boundaries."""
+def problem(key_heads: int = 4, dtype: torch.dtype = torch.float64, width: int = 8) -> tuple[list[Tensor], Tensor]:
+    """Query, key and value of four heads of 8, the values of ``width``, and the boundaries."""
     rng = torch.Generator().manual_seed(0)
-    rows = [torch.randn(sum(LENGTHS), heads, 8, generator=rng, dtype=dtype) for heads in (4, key_heads, key_heads)]
+    sizes = ((4, 8), (key_heads, 8), (key_heads, width))
+    rows = [torch.randn(sum(LENGTHS), *size, generator=rng, dtype=dtype) for size in sizes]
     return [x.requires_grad_() for x in rows], torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
 
 
@@ -211,11 +212,53 @@ def test_who_stands_in_takes_what_the_real_one_takes(name):
     assert importlib.import_module(name).flash_attn_varlen_func is real
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def densely(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """All rows against all, most of them masked."""
+    place, own = torch.arange(len(q)), torch.repeat_interleave(torch.arange(len(cu) - 1), cu.diff())
+    before = place[:, None] - place
+    seen = (own[:, None] == own) & (before >= 0) & (before < (len(q) if window is None else window))
+    group = q.unflatten(1, (k.shape[1], -1))  # [N, key heads, queries of each, D]
+    scores = torch.einsum("ikgd,jkd->kgij", group, k) * (q.shape[2] ** -0.5 if scale is None else scale)
+    return torch.einsum("kgij,jke->ikge", scores.masked_fill(~seen, -torch.inf).softmax(-1), v).flatten(1, 2)
+
+
+@pytest.mark.parametrize("width", [1, 5, 8, 13])
 @pytest.mark.parametrize(("window", "key_heads", "scale"), CASES)
-def test_no_bit_of_a_neighbour_is_seen(window, key_heads, scale, dtype):
+def test_values_have_a_width_of_their_own(window, key_heads, scale, width):
+    """As in multi-head latent attention; the output has it too."""
+    rows, cu = problem(key_heads, width=width)
+    got = results(lambda q, k, v: attention.padded_attention(q, k, v, cu, scale, window), rows)
+    want = results(lambda q, k, v: densely(q, k, v, cu, scale, window), rows)
+    assert got[0].shape == (sum(LENGTHS), 4, width)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_transformers_gets_that_width_packed_and_sampling():
+    (q, k, v), cu = problem(width=5)
+    given = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    packed, _ = attention.varlen_attention(torch.nn.Module(), *given, None, cu_seq_lens_q=cu, max_length_q=max(LENGTHS))
+    torch.testing.assert_close(packed[0], densely(q, k, v, cu, None, None), rtol=1e-12, atol=1e-12)
+    start, end = int(cu[2]), int(cu[3])
+    alone, _ = attention.varlen_attention(torch.nn.Module(), *(x[:, :, start:end] for x in given), None)
+    torch.testing.assert_close(alone, packed[:, start:end], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("width", "fused"), [(64, True), (32, False), (128, False)])
+def test_the_fused_kernels_get_equal_widths_only(monkeypatch, width, fused):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    query, value = (
+        SimpleNamespace(is_cuda=True, device=None, dtype=torch.bfloat16, shape=(1, 4, 30, size)) for size in (64, width)
+    )
+    assert attention._fusible(query, value) is fused  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 5])
+@pytest.mark.parametrize(("window", "key_heads", "scale"), CASES)
+def test_no_bit_of_a_neighbour_is_seen(window, key_heads, scale, width, dtype):
     """Neighbours of nothing but NaN change neither output nor gradients of a sequence."""
-    rows, cu = problem(key_heads, dtype)
+    rows, cu = problem(key_heads, dtype, width)
     for start, end in pairwise(cu.tolist()):
         own = slice(start, end)
         poisoned = [torch.full_like(x, torch.nan) for x in rows]

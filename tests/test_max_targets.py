@@ -96,3 +96,22 @@ def test_whole_sequences_cannot_be_bounded():
     p = make_problem(lengths=(5, 3), silent_sequences=0)
     with pytest.raises(ValueError, match=r"max_targets: .* wants None where a loss needs whole sequences"):
         rk.dpo_loss(p.hidden, p.weight, p.targets, p.cu_seqlens, ref_logp(p), max_targets=8)
+
+
+@pytest.mark.parametrize("max_bytes", [None, 30_000])
+def test_what_a_tolerance_leaves_goes_back_to_its_own_rows(backend, max_bytes):
+    p = make_problem(seed=78, scale=6.0, vocab=400, lengths=(20, 24))
+    p.targets[::3] = -100
+    found = []
+    for most in (None, 44, int((p.targets >= 0).sum())):
+        x, w = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+        x.data[1::5] *= 0.01
+        options = {"tolerance": 0.02, "max_targets": most, "max_bytes": max_bytes, "backend": backend}
+        out = rk.sft_loss(x, w, p.targets, **options)
+        out.loss.backward()
+        assert 0 < out.metrics["tolerance/dense"] < 1
+        found.append((x.grad, w.grad))
+    for grads in found[1:]:
+        for got, want in zip(grads, found[0], strict=True):
+            assert (got - want).norm() <= 0.05 * want.norm()
+        assert (grads[0][p.targets < 0] == 0).all()

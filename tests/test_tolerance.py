@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import PAIRS, check, make_problem, ref_logp, rollout
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -134,6 +134,7 @@ def test_the_bound_holds_for_all_that_a_head_can_have(backend, what, softcap, to
     size=st.sampled_from([1e-30, 1e-18, 1e-6, 1.0, 1e6, 1e18]),
     name=st.sampled_from(["logp", "entropy", "lse", "mean_logit"]),
 )  # fmt: skip
+@example(kind="steps", seed=1, tolerance=0.25, size=1e-30, name="mean_logit")
 @pytest.mark.parametrize("which", ["native", "eager"])
 def test_the_bound_holds_whatever_comes(which, kind, seed, tolerance, size, name):
     if rk.backends()[which] != "ok":
@@ -184,7 +185,7 @@ def test_metrics_say_what_was_lost(backend):
     assert torch.equal(got[:7], exact[:7])
     with torch.no_grad():
         quiet = rk.sft_loss(z, torch.eye(V), targets, tolerance=0.01, backend=backend)
-    assert set(quiet.metrics) == set(plain), "no gradient, nothing lost"
+    assert quiet.metrics["tolerance/lost"] == quiet.metrics["tolerance/dense"] == 0, "no gradient, nothing lost"
 
 
 def test_rows_that_hardly_matter_keep_nothing(backend):
@@ -271,14 +272,16 @@ def test_statistics_keep_the_bound_when_they_are_computed_again(backend, tight):
 def test_inside_a_compiled_step():
     p = make_problem(seed=76, scale=6.0)
 
-    def step(x: Tensor, w: Tensor) -> Tensor:
-        return rk.sft_loss(x, w, p.targets, tolerance=0.05).loss
+    def step(x: Tensor, w: Tensor) -> rk.LossOutput:
+        return rk.sft_loss(x, w, p.targets, tolerance=0.05)
 
     found = []
     for fn in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
         x, w = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
-        fn(x, w).backward()
-        found.append((x.grad, w.grad))
+        loss, metrics = fn(x, w)
+        loss.backward()
+        found.append((x.grad, w.grad, metrics["tolerance/lost"], metrics["tolerance/dense"]))
+    assert found[0][2] > 0
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

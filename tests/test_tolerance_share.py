@@ -87,3 +87,30 @@ def test_the_ids_of_a_row_may_be_the_same():
     at = torch.stack([whole[i, given.targets[i].unique()].abs().max() for i in range(N)])
     assert torch.allclose(seen, at, rtol=1e-9)
     assert (most >= whole.abs().sum(1) * (1 - 1e-9)).all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("name", ["logp", "entropy", "lse", "mean_logit"])
+def test_nobody_loses_anything_beside_a_gradient_that_is_no_number(name, bad):
+    given, grads = (
+        tile("plain", None, 1, torch.float64),
+        upstream(("logp", "entropy", "lse", "mean_logit"), 1, torch.float64),
+    )
+    getattr(grads, name)[3] = bad
+    stats, _ = eager.forward(given)
+    part = sparse.share(given, stats, grads, torch.arange(N), V, None, 0.1, V // 2)
+    assert part.flat.tolist() == list(range(N))
+    assert part.look.numel() == 0
+
+
+def test_gradients_that_are_rounding_alone_leave_nothing_out():
+    """A policy that is its own reference: the exact KL's gradient is zero but for the last bits of statistics."""
+    given = tile("plain", "reverse", 1, torch.float32)
+    assert given.reference is not None
+    same = Reference(given.hidden, given.head)
+    given = Tile(given.hidden, given.head, given.targets, 1.0, same)
+    stats, _ = eager.forward(given)
+    grads = Grads(torch.zeros(N, 1), kl=torch.ones(N))
+    log_q = stats.logp + 1e-7 * torch.randn(N, 1, generator=torch.Generator().manual_seed(1))
+    part = sparse.share(given, stats, grads, torch.arange(N), V, log_q, 0.1, V // 2)
+    assert part.flat.numel() == N

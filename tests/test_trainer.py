@@ -177,7 +177,9 @@ def test_a_tolerance_reaches_the_loss_and_the_log(tmp_path, stage):
     train(config(stage, tmp_path, tmp_path / "near", tolerance=0.2))
     exact, near = (lines(tmp_path / run / "metrics.jsonl") for run in ("exact", "near"))
     assert all(row["tolerance/lost"] <= 0.2 for row in near)
-    assert all(row["tolerance/dense"] == pytest.approx(1.0) for row in near), "36 tokens are too few to leave any out"
+    dense = [row["tolerance/dense"] for row in near]
+    assert max(dense) > 0, "36 tokens are too few to leave any out"
+    assert stage == "grpo" or dense == pytest.approx([1.0] * len(dense)), "where each micro-batch has a gradient"
     assert not any("tolerance" in key for row in exact for key in row)
 
 

@@ -15,7 +15,7 @@ from tests.model_families import build
 from tests.trainer_worlds import ragged, small_policy
 from trainer import attention
 from trainer.models import Policy, frozen, load_policy, load_scalar, scalar_from
-from trainer.packing import pack
+from trainer.packing import Sample, pack
 from trainer.rollout import sample
 from trainer.shared_value import SharedValue
 from trainer.stage import Optimizer
@@ -34,16 +34,19 @@ FAMILIES: dict[str, tuple[set[str], bool]] = {
     "cohere2": ({"logit_scale"}, True),
     "phi": ({"bias"}, False),
     "roc_bert": ({"bias"}, True),  # with a transform between backbone and head
+    "deepseek_v2": (set(), False),  # values are narrower than keys
+    "deepseek_v3": (set(), False),
+    "minicpm3": (set(), True),
 }
 
 
-def family(name: str) -> Any:
+def family(name: str, factor: float = 4) -> Any:
     """Random, and with weights large enough that attention shows in the logits."""
     model = build(name)
     with torch.no_grad():
         for parameter in model.base_model.parameters():
             if parameter.ndim > 1 and parameter is not model.get_output_embeddings().weight:
-                parameter.mul_(4)
+                parameter.mul_(factor)
     return model
 
 
@@ -142,6 +145,7 @@ def test_models_that_would_fail_in_silence_are_refused(tmp_path: Path, monkeypat
     capped = transformers.Gemma2Config(**COMMON, head_dim=8, attn_logit_softcapping=5.0)
     refused(saved(tmp_path / "capped", transformers.Gemma2ForCausalLM(capped)), "its attention needs softcap")
     refused(saved(tmp_path / "recurrent", family("mamba")), "the attention of MambaForCausalLM does not keep packed")
+    refused(saved(tmp_path / "run on", family("bart", 1)), "do not give the logits that BartForCausalLM gives")
     refused(saved(tmp_path / "own", build("gptj")), "has an attention that cannot be told")
     scaled = saved(tmp_path / "scaled", build("cohere"))
     with monkeypatch.context() as patch:
@@ -165,3 +169,55 @@ def test_models_that_would_fail_in_silence_are_refused(tmp_path: Path, monkeypat
     tokenizer.eos_token = None
     tokenizer.save_pretrained(scaled)
     refused(scaled, "has no end-of-sequence token")
+
+
+@pytest.mark.parametrize("factor", [0.1, 1])
+@pytest.mark.parametrize("name", ["lfm2_moe", "xglm", "zamba"])
+def test_small_weights_hide_no_leak(name: str, factor: float, tmp_path: Path) -> None:
+    path = saved(tmp_path / name, family(name, factor))
+    with pytest.raises(ValueError, match=rf"^model: the attention of \w+ does not keep packed .* apart .*{name}"):
+        load_policy(path)
+
+
+@pytest.mark.parametrize(("sees", "seen"), [(0, 7), (3, 4), (4, 3), (7, 0)])
+@pytest.mark.parametrize("smooth", [True, False])
+def test_neither_neighbour_is_seen(
+    sees: int, seen: int, smooth: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row of the one sequence in one row of the other: far below rounding, or without a gradient."""
+    # The last norm of the one keeps the sum of its outputs; that of the other makes them small.
+    model, right = family("olmo" if smooth else "llama", 1), attention.padded_attention
+    if not smooth:
+        torch.nn.init.constant_(model.model.norm.weight, 1e-4)
+    path = saved(tmp_path, model)
+
+    def leaky(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
+        mine = torch.arange(len(v))[:, None, None] == sees
+        what = 1e-12 * v[seen].mean() if smooth else v[seen].detach().mean()
+        return right(q, k, v, *rest) + mine * what
+
+    monkeypatch.setattr(attention, "padded_attention", leaky)
+    with pytest.raises(ValueError, match=r"^model: the attention of \w+ does not keep packed sequences"):
+        load_policy(path)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe", "ctrl"])
+def test_rounding_is_no_leak(name: str, tmp_path: Path) -> None:
+    """Experts round by how many rows they get at once, and some models write over their embeddings."""
+    policy = load_policy(saved(tmp_path, family(name)))
+    if name != "ctrl":
+        texts = [[Sample([2, 3, 4], 1), Sample([token] * 9, 1)] for token in range(2, 20)]
+        with torch.no_grad():
+            first, *others = (policy.hidden(pack(text))[:3] for text in texts)
+        assert not all(torch.equal(first, other) for other in others), "then bits could be compared"
+
+
+def test_a_reward_model_that_leaks_is_refused(tmp_path: Path) -> None:
+    """A sequence classifier of transformers, which no policy was before."""
+    leaks, keeps = transformers.StableLmForSequenceClassification, transformers.LlamaForSequenceClassification
+    for name, kind in {"leaks": leaks, "keeps": keeps}.items():
+        torch.manual_seed(0)
+        saved(tmp_path / name, kind(kind.config_class(**COMMON, num_labels=1)))
+    with pytest.raises(ValueError, match=r"^model: the attention of StableLmFor.* does not keep packed .*leaks"):
+        load_scalar(str(tmp_path / "leaks"))
+    assert load_scalar(str(tmp_path / "keeps")).raw_scores(pack(ragged(3))).shape == (3,)

@@ -53,13 +53,13 @@ def padded_attention(
     Args:
         query: [N, heads, D].
         key: [N, key heads, D].
-        value: Shaped like ``key``.
+        value: [N, key heads, E]; E is D but for multi-head latent attention.
         cu_seqlens: [S + 1].
         scale: Factor of the scores; None is 1 / sqrt(D).
         window: Keys that a query sees, itself included; None is all before it.
 
     Returns:
-        [N, heads, D].
+        [N, heads, E].
     """
     starts, device = cu_seqlens.tolist(), query.device
     lengths = [end - start for start, end in pairwise(starts)]
@@ -91,7 +91,7 @@ def padded_attention(
         )
         outputs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
         base += flat.numel()
-    return torch.cat(outputs).index_select(0, home).view(query.shape)
+    return torch.cat(outputs).index_select(0, home).view(*query.shape[:2], value.shape[2])
 
 
 # flash-attn 3, 4 and 2: the compute capabilities and the widest heads that each has kernels for.
@@ -160,10 +160,13 @@ def torch_attention(
     return out
 
 
-def _fusible(query: Tensor) -> bool:
-    """Kernels for packed sequences want half precision, heads of a multiple of 8 up to 256, and an Ampere or later."""
+def _fusible(query: Tensor, value: Tensor) -> bool:
+    """Kernels for packed sequences want half precision, heads of a multiple of 8 up to 256, and an Ampere or later.
+
+    Not all of them take values of another width than keys.
+    """
     half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and value.shape[-1] == query.shape[-1]
     return half and fits and torch.cuda.get_device_capability(query.device)[0] >= 8
 
 
@@ -181,7 +184,7 @@ def varlen_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: [1, heads, N, D] in, [1, N, heads, D] out. Without boundaries: SDPA, for sampling.
+    """What transformers calls: [1, heads, N, D] in, [1, N, heads, E] out. Without boundaries: SDPA, for sampling.
 
     Raises:
         ValueError: If the model asks for something that this attention does not have.
@@ -194,7 +197,7 @@ def varlen_attention(
     if attention_mask is not None or dropout != 0.0 or query.shape[0] != 1:
         raise ValueError("rk_varlen: packed input wants a batch of one, no attention mask and no dropout")
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
-    if _fusible(query):
+    if _fusible(query, value):
         assert max_length_q is not None
         out = fused_attention(rows[0], rows[1], rows[2], cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:

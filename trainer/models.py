@@ -5,9 +5,11 @@ No forward here makes logits: [N, H] hidden states go to the library, which meet
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import rlhf_kernels as rk
 from rlhf_kernels.integrations.transformers import Parts, take_apart
 from trainer.attention import NAME
 from trainer.packing import Packed, Sample, pack
+
+TRIED = [[0, 1, 2, 3], [3, 2, 1, 0]]  # sequences that every model is tried on
 
 disable_progress_bar()  # loading a tiny model is not news, and the stages have a bar of their own
 
@@ -164,19 +168,18 @@ def load_policy(path: str) -> Policy:
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: the tokenizer of {path} has no end-of-sequence token, which every response needs")
-    try:
+    with _tried(model, path):
         policy = Policy(model, tokenizer)
         _check(policy)
-    except Exception as error:
-        # What our attention refuses arrives as the reason why a forward failed.
-        told = next((e for e in (error.__context__, error) if str(e).startswith("model: ")), None)
-        fails = f"model: {type(model).__name__} fails on packed sequences: {type(error).__name__}: {error}"
-        raise ValueError(f"{told or fails} ({path})") from error
     return policy
 
 
 def load_scalar(path: str, generator: torch.Generator | None = None) -> ScalarModel:
-    """A saved reward or value model, or a new one on the backbone of a causal language model at ``path``."""
+    """A saved reward or value model, or a new one on the backbone of a causal language model at ``path``.
+
+    Raises:
+        ValueError: If packed sequences are not kept apart, or what ``load_policy`` raises.
+    """
     path = resolve(path)
     config = AutoConfig.from_pretrained(path)
     if not any("SequenceClassification" in a for a in config.architectures or []):
@@ -184,7 +187,10 @@ def load_scalar(path: str, generator: torch.Generator | None = None) -> ScalarMo
     model = AutoModelForSequenceClassification.from_pretrained(
         path, attn_implementation=NAME, dtype=torch.float32, use_safetensors=True
     )
-    return ScalarModel(model, AutoTokenizer.from_pretrained(path))
+    scalar = ScalarModel(model, AutoTokenizer.from_pretrained(path))
+    with _tried(model, path):
+        _check_apart(scalar)
+    return scalar
 
 
 def scalar_from(policy: Policy, generator: torch.Generator | None = None) -> ScalarModel:
@@ -209,21 +215,68 @@ def frozen(policy: Policy) -> Policy:
     return copy.deepcopy(policy).requires_grad_(False)
 
 
+@contextlib.contextmanager
+def _tried(model: Any, path: str) -> Iterator[None]:
+    """Turns what goes wrong when a model is tried out into one error about it."""
+    try:
+        yield
+    except Exception as error:
+        # What our attention refuses arrives as the reason why a forward failed.
+        told = next((e for e in (error.__context__, error) if str(e).startswith("model: ")), None)
+        fails = f"model: {type(model).__name__} fails on packed sequences: {type(error).__name__}: {error}"
+        raise ValueError(f"{told or fails} ({path})") from error
+
+
+@torch.no_grad()
+def _check_apart(seen: Policy | ScalarModel) -> Tensor:
+    """Refuses a model whose sequences see their neighbours.
+
+    One that sees its neighbour has a gradient there, however small the weights are; in one that does not, it is zero to
+    the bit. Hidden states may change with the tokens beside them, for experts multiply the rows of all sequences at
+    once, and rounding depends on how many these are. A change beyond that is a leak without a gradient.
+
+    Returns:
+        Hidden states of ``TRIED``, end to end.
+    """
+    (first, second), other, device = TRIED, [1, 3, 3, 1], seen.model.device
+    embedded: list[Tensor] = []
+
+    def leaf(_module: nn.Module, _given: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1].clone()  # some models scale it in place
+
+    def hidden(*tokens: list[int]) -> Tensor:
+        return seen.hidden(pack([Sample(t, 1) for t in tokens], device))
+
+    with seen.model.get_input_embeddings().register_forward_hook(leaf), torch.enable_grad():
+        together = hidden(first, second)
+    front, back = slice(0, 4), slice(4, 8)
+    for own, beside, changed in ((front, back, (first, other)), (back, front, (other, second))):
+        pull = torch.linspace(-1, 1, together.numel(), device=device).view_as(together).clone()
+        pull[beside] = 0  # and not the same everywhere else: a layer norm keeps its sum
+        gradients = torch.autograd.grad(together, embedded, pull, retain_graph=True)
+        if any(g[0, beside].any() for g in gradients) or not _near(hidden(*changed)[own], together[own]):
+            name = type(seen.model).__name__
+            raise ValueError(f"model: the attention of {name} does not keep packed sequences apart")
+    return together.detach()
+
+
 @torch.no_grad()
 def _check(policy: Policy) -> None:
     """Tries what would otherwise fail in silence: attention that leaks between sequences, or sees less than it should.
 
     That the logits are those of a linear head, ``take_apart`` has tried.
     """
-    kind, device = type(policy.model).__name__, policy.weight.device
-    samples = [Sample([0, 1, 2, 3], 1), Sample([3, 2, 1, 0], 1)]
-    together = policy.hidden(pack(samples, device))
-    for sample, mine in zip(samples, together.split(4), strict=True):
-        if not torch.allclose(mine, policy.hidden(pack([sample], device)), rtol=1e-3, atol=1e-3):
-            raise ValueError(f"model: the attention of {kind} does not keep packed sequences apart")
-        theirs = policy.model(input_ids=torch.tensor([sample.tokens], device=device), use_cache=False).logits[0]
-        if not torch.allclose(policy.logits(mine), theirs.float(), rtol=1e-3, atol=1e-3):
-            raise ValueError(f"model: packed sequences do not give the logits that {kind} gives by itself")
+    ids = torch.tensor(TRIED, device=policy.model.device)
+    theirs = torch.cat([policy.model(input_ids=row[None], use_cache=False).logits[0] for row in ids])
+    if not _near(policy.logits(_check_apart(policy)), theirs):
+        name = type(policy.model).__name__
+        raise ValueError(f"model: packed sequences do not give the logits that {name} gives by itself")
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    """Row by row, up to a thousandth of its norm: whether the numbers are large or small does not matter."""
+    return bool(((a - b).norm(dim=-1) <= 1e-3 * b.norm(dim=-1)).all())
 
 
 def _save_aside(path: Path, model: Any, tokenizer: Any) -> None:

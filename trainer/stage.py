@@ -220,8 +220,6 @@ def policy_for(cfg: StageConfig, texts: Sequence[str], device: torch.device) -> 
     """The model of the configuration; a tiny one learns its tokenizer from ``texts``."""
     policy = tiny_policy(byte_tokenizer(texts), cfg.seed) if cfg.model == "tiny" else load_policy(cfg.model)
     policy.tolerance = getattr(cfg, "tolerance", None)
-    if policy.tolerance is not None and device.type != "cpu":
-        raise ValueError(f"tolerance: got {policy.tolerance}, want None on {device}, whose kernels leave nothing out")
     return policy.to(device)
 
 

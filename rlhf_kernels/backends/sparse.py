@@ -17,9 +17,11 @@ from torch import Tensor
 
 from rlhf_kernels.types import Entries, Grads, Sinks, Tile, TokenStats
 
-ROWS = 64  # whose gradients are looked at together
+ROWS = 8  # whose gradients are looked at together
 STRIP = 2048  # columns that are multiplied together
-SAFE = 1 - 1e-3  # sums of squares are rounded, and so are statistics
+SAFE = 1 - 1e-3  # sums of squares are rounded
+ROUNDED = 2e-6  # what statistics of float32 leave uncertain of a row's entries, relative to all of them
+TINY = 1e-28  # where float32 has lost the squares of what is left out
 UNSURE = 2.0**-22  # of a probability that was rounded to one
 
 
@@ -66,11 +68,12 @@ def share(
         tolerance: see above.
         few: entries that a row may keep.
     """
-    seen = _at_targets(tile, stats, grads, columns, log_q)[rows]
     most = _absolute_sum(tile, stats, grads)[rows]
+    seen = (_at_targets(tile, stats, grads, columns, log_q)[rows] - ROUNDED * most).clamp(min=0.0)
     allowed = tolerance**2 * SAFE * seen.square().mean()
+    allowed = allowed.where(allowed.isfinite(), 0.0)  # beside an infinite gradient, or a NaN, all of them stay
     quiet = most.square() <= allowed
-    flat = looks_flat(stats.entropy[rows], most / allowed.sqrt(), few) | ~(allowed > 0)  # which a NaN is not
+    flat = looks_flat(stats.entropy[rows], most / allowed.sqrt(), few) | (allowed <= TINY)
     look = ~(quiet | flat)
     lost = most.square().masked_fill(flat, 0.0)[~look]
     return Share(rows[look], rows[flat], lost, seen[~look].square(), allowed, (allowed / most[look]).float())
@@ -82,7 +85,7 @@ def looks_flat(entropy: Tensor, depth: Tensor, few: int) -> Tensor:
     A guess, which only costs time: on real logits it is right about four in five of those rows and wrong about one in
     ten of the others.
     """
-    return entropy + 0.5 * depth.clamp(min=1.0).log() > math.log(few) + 1
+    return entropy + 0.5 * depth.clamp(min=1.0).log() > math.log(max(1, few)) + 1
 
 
 def _per_t(tile: Tile) -> float | Tensor:
@@ -160,7 +163,7 @@ def select(part: Share, vocab: int, gradient: Callable[[Tensor], Tensor]) -> Ent
 def _largest(g: Tensor, few: int, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     columns = g.abs().topk(few, dim=1).indices
     values = g.gather(1, columns)
-    norm = g.double().square().sum(1)
+    norm = torch.linalg.vector_norm(g, dim=1, dtype=torch.float64).square()
     kept = torch.nn.functional.pad(values.double().square().cumsum(1), (1, 0))
     lost = (norm[:, None] - kept).clamp_(min=0.0)  # of those that keep none, one, two ...
     enough = lost <= allowed

@@ -22,6 +22,7 @@ from rlhf_kernels.types import LossOutput, TokenStats
 F = TypeVar("F", bound=Callable[..., Any])
 
 HEADS = ("hidden", "weight", "bias", "logits", "ref", "ref_hidden", "ref_weight")  # what autocast casts
+LOST = ("tolerance/lost", "tolerance/dense")  # metrics of any loss with a tolerance
 NO_BUFFER = "rlhf_kernels: weight_grad is added to in place, so such a call is not part of a compiled graph"
 NO_GROUP = "rlhf_kernels: ranks meet in a call with tp_group, so it is not part of a compiled graph"
 NO_OBJECTIVE = "rlhf_kernels: fused_loss calls the caller's objective, so it is not part of a compiled graph"
@@ -109,6 +110,7 @@ def compilable_loss(*metrics: str, **optional: tuple[str, ...]) -> Callable[[F],
             for name, needs in optional.items():
                 if any(_given(arguments.get(need)) for need in needs):
                     names = (*names, name)
+            names = names if arguments.get("tolerance") is None else (*names, *LOST)
             loss, logged, *_ = _node(loss_op, public, names, arguments)
             return LossOutput(loss, dict(zip(names, logged.detach().unbind(), strict=True)))
 

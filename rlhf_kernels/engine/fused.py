@@ -68,7 +68,8 @@ def _stream(call: Call, batch: Batch, wanted: tuple[bool, bool, bool]) -> tuple[
             before = sums.get(name)
             sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
     logged = {name: total / count.clamp(min=1e-30) for name, (total, count) in sums.items()}
-    return loss, logged | into.losses.metrics(loss), into.filled()
+    lost = {} if call.tolerance is None else into.losses.metrics(loss)
+    return loss, logged | lost, into.filled()
 
 
 def _of_nothing(batch: Batch, real: Tensor, zero: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:

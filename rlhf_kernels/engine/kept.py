@@ -50,8 +50,11 @@ class Kept:
     def put(self, part: Tensor, start: int, into: Tensor, some: Tensor | None = None) -> None:
         """Write kept rows from ``start`` on, or only ``some`` of them, to where they belong in ``into`` [N, ...]."""
         if self.place is not None:
-            mine = (self.place >= start) & (self.place < start + part.shape[0])
-            found = part[(self.place - start).clamp(0, part.shape[0] - 1)]
+            count = torch.arange(part.shape[0], device=into.device)
+            source = torch.full((self.rows + 1,), -1, device=into.device)
+            source = source.index_copy(0, start + (count if some is None else some), count)
+            source = source[self.place]  # the ignored, at -1, read the last one, which nobody has written
+            mine, found = source >= 0, part[source.clamp(min=0)]
             into.copy_(torch.where(mine.view(-1, *(1,) * (part.dim() - 1)), found, into))
             return
         if self.index is None and some is None:

@@ -40,10 +40,9 @@ class Losses:
 
     def metrics(self, like: Tensor) -> dict[str, Tensor]:
         """What the logits' gradient has lost at most (L2), and the share of rows that keep everything."""
-        if not self.rows:
-            return {}
         lost = (float(self.lost) / max(float(self.norm), 1e-300)) ** 0.5
-        return {"tolerance/lost": like.new_tensor(lost), "tolerance/dense": like.new_tensor(self.dense / self.rows)}
+        dense = self.dense / max(1, self.rows)
+        return {"tolerance/lost": like.new_tensor(lost), "tolerance/dense": like.new_tensor(dense)}
 
 
 @dataclass(eq=False)
@@ -177,10 +176,12 @@ class Span:
     def _counts(self, rows: int) -> bool:
         """Whether rows without a gradient are looked for: on a GPU, where that is a wait, if they may be worth it."""
         call = self.call
+        if call.tolerance is not None:  # which waits anyway
+            return True
         if call.overwrite or call.kept.real is not None:
             return False
         size = 0 if call.head.weight is None else call.head.weight.numel()
-        return not call.hidden.is_cuda or call.tolerance is not None or 4.0 * rows * size >= WORTH_A_WAIT
+        return not call.hidden.is_cuda or 4.0 * rows * size >= WORTH_A_WAIT
 
     def _leave(self, a: int, b: int, rows: Tensor | None, into: Gradients, work: Callable[[Sinks], None]) -> None:
         """Have the gradients of some rows of a..b (None: all) made, and put them where they belong."""

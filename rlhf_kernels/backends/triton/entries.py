@@ -24,7 +24,7 @@ from rlhf_kernels.backends.triton.table import Pieces
 from rlhf_kernels.types import Entries, Sinks, Tile
 
 LEVELS = 16  # rungs, each half the one above; the first is what a row may lose in a single entry
-BYTES = 40  # of an entry while it is sorted
+BYTES = 44  # of an entry while it is sorted
 GATHERED, WIDTH = 32, 256  # bytes that a program reads of a column at a time, of as many rows; and columns
 
 
@@ -125,7 +125,8 @@ def select(given: Calculus, part: Share, vocab: int, half: bool, pieces: Pieces)
     fits = energy[:-1] <= 1
     level = fits.int().argmax(0)
     fine = fits.any(0) & energy[-1].isfinite()
-    floor = root * torch.exp2(-level.float())
+    # a hair below the rung: what its own pass, which divides, has counted as lost must be all that is
+    floor = root * torch.exp2(-level.float()) * (1 - 1e-6)
     launch(1, given, vocab, pieces, index, root, floor, None, counts, *[None] * 4)
     total = counts.sum(0)
     chosen = fine & (total <= few(vocab, half))
