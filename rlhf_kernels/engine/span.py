@@ -164,7 +164,10 @@ class Span:
             return self._leave(a, b, chosen, into, dense(some))
         backend = cast(SparseBackend, call.backend)
         entries = backend.select(tile, residual, stats, grads, some, call.tolerance)
-        into.losses.add(entries, len(stats.logp) if some is None else some.numel())
+        count = len(stats.logp) if some is None else some.numel()
+        into.losses.add(entries, count)
+        if entries.others.numel() == count:
+            return self._leave(a, b, chosen, into, dense(some))
         whose = chosen if some is None else None  # the rows of a tile that was cut out of the piece
         for rows, work in (
             (entries.others, dense(entries.others)),
