@@ -17,7 +17,8 @@ demo: $(TRAIN)
 
 # What the GPU kernels compute is judged by the tests of the CPU backends, under Triton's interpreter. That needs a
 # process of its own: it leaves triton.language patched, and nothing compiles after it.
-INTERPRETED := tests/test_token_stats.py tests/test_numerics.py tests/test_fused_loss.py tests/test_every_loss.py tests/gpu
+INTERPRETED := tests/test_token_stats.py tests/test_numerics.py tests/test_fused_loss.py tests/test_every_loss.py \
+               tests/test_tolerance.py tests/gpu
 
 # one thread per test process: two processes keep two cores busy
 test: $(TEST)
