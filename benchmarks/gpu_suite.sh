@@ -5,8 +5,8 @@
 #   bash benchmarks/gpu_suite.sh OUT probe head       these parts only
 #
 # Parts: build probe tests kernels head gae peers peers_large tolerance memcheck racecheck. Needs torch 2.11 or newer,
-# triton, pytest and, for build, a C++ compiler, pybind11 and ninja; nvcc makes the CUDA kernels. Nothing is downloaded. The peers parts
-# measure beside whoever is installed, or unpacked in RLHF_KERNELS_PEERS (benchmarks/pack_peers.py). A part that fails is
+# triton, pytest and, for build, a C++ compiler, pybind11 and ninja; nvcc makes the CUDA kernels. Nothing is downloaded.
+# The parts with peers measure beside whoever is installed, or unpacked in RLHF_KERNELS_PEERS (benchmarks/pack_peers.py). A part that fails is
 # said so at the end, in the exit status and in OUT/<part>.log; the others run all the same. Commit OUT/gpu-*.json to
 # benchmarks/results: they hold the device, the versions and a hash of the kernel sources.
 set -uo pipefail

@@ -121,10 +121,12 @@ void define_head(py::module_& m) {
   m.def(
       "head_select",
       [](Work work, Address index, Strip policy, Strip reference, Transform transform, Targets targets, Sums sums,
-         UpstreamGrads upstream, double allowed, Address floor, int64_t most, Address counts, Address lost, Address norm) {
+         UpstreamGrads upstream, double allowed, Address floor, int64_t most, Address counts, Address lost,
+         Address norm) {
         const GradCall grad{work,      at<const int64_t>(index), policy, reference, transform, targets, sums, upstream,
                             nullptr, 0};
-        head_kernels()->select({grad, allowed, at<float>(floor), most, at<int64_t>(counts), at<double>(lost), at<double>(norm)});
+        head_kernels()->select(
+            {grad, allowed, at<float>(floor), most, at<int64_t>(counts), at<double>(lost), at<double>(norm)});
       },
       Unlocked());
   m.def(

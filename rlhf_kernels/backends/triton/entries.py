@@ -25,7 +25,7 @@ from rlhf_kernels.types import Entries, Sinks, Tile
 
 LEVELS = 16  # rungs, each half the one above; the first is what a row may lose in a single entry
 BYTES = 44  # of an entry while it is sorted
-GATHERED, WIDTH = 32, 256  # bytes that a program reads of a column at a time, of as many rows; and columns
+GATHERED, WIDTH = 32, 256  # a program takes 256 columns of 16 rows of halves, or 8 of float32, at a time
 
 
 class Kept(NamedTuple):
