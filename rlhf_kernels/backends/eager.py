@@ -210,7 +210,6 @@ def select(
     def gradient(some: Tensor) -> Tensor:
         return torch.cat([_grad_logits(tile, residual, stats, grads, some, s) for s in _strips(tile)], dim=1)
 
-    rows = torch.arange(residual.z.shape[0], device=residual.z.device) if rows is None else rows
     log_q = None
     if grads.kl is not None and residual.z_ref is not None:
         log_q = residual.z_ref.gather(1, tile.targets) - residual.norm_ref[0][:, None] - residual.norm_ref[1][:, None]

@@ -78,9 +78,7 @@ def select(
     tile: Tile, residual: Residual, stats: TokenStats, grads: Grads, rows: Tensor | None, tolerance: float
 ) -> Entries:
     """The entries of each row's gradient that matter."""
-    n, vocab = residual.z.shape
-    rows = torch.arange(n) if rows is None else rows
-    log_q = None
+    vocab, log_q = residual.z.shape[1], None
     if grads.kl is not None and residual.z_ref is not None:
         log_q = residual.z_ref.gather(1, tile.targets) - residual.sums.lse_ref()[:, None]
     part = sparse.share(tile, stats, grads, rows, vocab, log_q, tolerance, sparse.most(vocab))

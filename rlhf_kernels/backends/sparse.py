@@ -53,8 +53,8 @@ class Share(NamedTuple):
 
 
 def share(
-    tile: Tile, stats: TokenStats, grads: Grads, rows: Tensor, columns: int, log_q: Tensor | None, tolerance: float,
-    few: int,
+    tile: Tile, stats: TokenStats, grads: Grads, rows: Tensor | None, columns: int, log_q: Tensor | None,
+    tolerance: float, few: int,
 ) -> Share:  # fmt: skip
     """From statistics alone, before any entry is looked at.
 
@@ -62,12 +62,13 @@ def share(
         tile: Its head has ``columns`` columns.
         stats: Of its rows.
         grads: Of those.
-        rows: [a] rows that have a gradient.
+        rows: [a] rows that have a gradient; None is all.
         columns: V.
         log_q: [n, K] the reference's log-probabilities of the targets, where ``grads.kl`` is given.
         tolerance: see above.
         few: entries that a row may keep.
     """
+    rows = torch.arange(stats.logp.shape[0], device=stats.logp.device) if rows is None else rows
     most = _absolute_sum(tile, stats, grads)[rows]
     seen = (_at_targets(tile, stats, grads, columns, log_q)[rows] - ROUNDED * most).clamp(min=0.0)
     allowed = tolerance**2 * SAFE * seen.square().mean()

@@ -98,7 +98,6 @@ def select(
 ) -> Entries:
     """The entries of each row's gradient that matter. Waits for the device, which knows how many there are."""
     given, log_q = rows_of(tile), None
-    rows = torch.arange(given.count, device=given.targets.device) if rows is None else rows
     if grads.kl is not None and residual.kept_ref is not None:
         anchor, log_s = residual.norms[2:]
         assert anchor is not None
