@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf_kernels import checks as check
 from rlhf_kernels.backends import resolve
 from rlhf_kernels.backends.gae import implementation
-from rlhf_kernels.checks import cu_seqlens_of, float_tensor, holds, is_number, shaped, wants
 from rlhf_kernels.estimators import VALUES, kl_estimate
 from rlhf_kernels.segments import group_layout, segment_sum
 
@@ -49,7 +49,7 @@ def gae(
         bootstrap: [S] value of the state after the last token of each sequence: the value model's for a truncated
             one, zero for one that ended. None: all ended.
         whiten: give the advantages of this call mean zero and variance one over ``mask``; returns are not touched.
-        checks: look into the data: boundaries, and rewards on masked rows.
+        checks: look into the data: boundaries, no reward on masked rows, and nothing NaN or infinite where it counts.
 
     Returns:
         (advantages, returns), [N] float32 (float64 for float64 values), zero where ``mask`` is false;
@@ -64,21 +64,25 @@ def gae(
     >>> rk.gae(rewards, values, torch.tensor([0, 2, 3]), lam=1.0)
     (tensor([0.5000, 0.5000, 1.0000]), tensor([1., 1., 1.]))
     """
-    float_tensor("rewards", rewards, 1)
-    float_tensor("values", values, 1)
+    check.no_transforms()
+    check.float_tensor("rewards", rewards, 1)
+    check.float_tensor("values", values, 1)
     shape, device = tuple(rewards.shape), rewards.device
-    shaped("values", values, shape, device, "that of rewards")
-    cu = cu_seqlens_of("cu_seqlens", cu_seqlens, rewards.numel(), device, checks)
+    check.shaped("values", values, shape, device, "that of rewards")
+    cu = check.cu_seqlens_of("cu_seqlens", cu_seqlens, rewards.numel(), device, checks)
     for name, x in (("gamma", gamma), ("lam", lam)):
-        wants(is_number(x) and 0 <= x <= 1, name, x, "a number from 0 to 1")
+        check.wants(check.is_number(x) and 0 <= x <= 1, name, x, "a number from 0 to 1")
     if bootstrap is not None:
-        float_tensor("bootstrap", bootstrap, 1)
-        shaped("bootstrap", bootstrap, (cu.numel() - 1,), device, "one per sequence")
+        check.float_tensor("bootstrap", bootstrap, 1)
+        check.shaped("bootstrap", bootstrap, (cu.numel() - 1,), device, "one per sequence")
     if mask is not None:
         _check_mask(mask, shape, device)
         if checks:
             lost = (rewards != 0) & ~mask
-            holds(~lost.any(), "rewards: got a non-zero reward where mask is false, wants zero: it would be lost")
+            check.holds(~lost.any(), "rewards: got a non-zero reward where mask is false, wants zero: it would be lost")
+    if checks:
+        check.finite(mask, rewards=rewards, values=values)
+        check.finite(bootstrap=bootstrap)
     dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
     r, v = rewards.detach().to(dtype).contiguous(), values.detach().to(dtype).contiguous()
     after = None if bootstrap is None else bootstrap.detach().to(dtype).contiguous()
@@ -117,7 +121,7 @@ def shaped_rewards(
         mask: [N] bool, true where the policy acted. None: everywhere.
         kl: "k1", "k2" or "k3".
         kl_clip: bound of a row's |kl| in the rewards, positive. None: none.
-        checks: look at the boundaries.
+        checks: look into the data: boundaries, ``beta``, and nothing NaN or infinite where it counts.
 
     Returns:
         (rewards [N], kl [S]), float32 (float64 for float64): rewards are zero where ``mask`` is false; ``kl`` is each
@@ -132,22 +136,31 @@ def shaped_rewards(
     >>> rk.shaped_rewards(torch.tensor([1.0, 0.0]), logp, ref_logp, torch.tensor([0, 2, 3]), beta=0.5)
     (tensor([-0.2500,  1.0000,  0.5000]), tensor([ 0.5000, -1.0000]))
     """
-    float_tensor("scores", scores, 1)
-    float_tensor("logp", logp, 1)
-    float_tensor("ref_logp", ref_logp, 1)
+    check.no_transforms()
+    check.float_tensor("scores", scores, 1)
+    check.float_tensor("logp", logp, 1)
+    check.float_tensor("ref_logp", ref_logp, 1)
     shape, device = tuple(logp.shape), logp.device
-    shaped("ref_logp", ref_logp, shape, device, "that of logp")
-    cu = cu_seqlens_of("cu_seqlens", cu_seqlens, logp.numel(), device, checks)
-    shaped("scores", scores, (cu.numel() - 1,), device, "one per sequence")
-    wants(kl in VALUES, "kl", kl, "one of " + ", ".join(VALUES))
-    wants(kl_clip is None or (is_number(kl_clip) and kl_clip > 0), "kl_clip", kl_clip, "a positive number, or None")
+    check.shaped("ref_logp", ref_logp, shape, device, "that of logp")
+    cu = check.cu_seqlens_of("cu_seqlens", cu_seqlens, logp.numel(), device, checks)
+    check.shaped("scores", scores, (cu.numel() - 1,), device, "one per sequence")
+    check.one_of("kl", kl, VALUES)
+    check.wants(
+        kl_clip is None or (check.is_number(kl_clip) and kl_clip > 0), "kl_clip", kl_clip, "a positive number, or None"
+    )
     if isinstance(beta, Tensor):
-        wants(beta.dim() == 0, "beta", beta, "a number or a 0-d tensor")
+        check.float_tensor("beta", beta)
+        check.wants(beta.dim() == 0, "beta", beta, "a number or a 0-d tensor")
         beta = beta.detach().to(device)
+        if checks:
+            check.holds(torch.isfinite(beta) & (beta >= 0), "beta: wants a finite number, zero or more")
     else:
-        wants(is_number(beta) and beta >= 0, "beta", beta, "zero or more")
+        check.wants(check.is_finite(beta) and beta >= 0, "beta", beta, "a finite number, zero or more")
     kept = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     _check_mask(kept, shape, device)
+    if checks:
+        check.finite(kept, logp=logp, ref_logp=ref_logp)
+        check.finite(scores=scores)
 
     dtype = torch.promote_types(torch.promote_types(logp.dtype, ref_logp.dtype), torch.float32)
     scores, logp, ref_logp = (x.detach().to(dtype).contiguous() for x in (scores, logp, ref_logp))
@@ -173,6 +186,7 @@ def group_advantages(
     baseline: str = "mean",
     scale: str | None = "group_std",
     eps: float = 1e-6,
+    checks: bool = True,
 ) -> Tensor:
     """Advantages of sampled replies against others to the same prompt (GRPO, https://arxiv.org/abs/2402.03300, 4.1.2).
 
@@ -186,6 +200,7 @@ def group_advantages(
         scale: "group_std", "batch_std" over all scores given, or None (Dr.GRPO, https://arxiv.org/abs/2503.20783).
             Standard deviations are biased (divided by n) and about the mean whatever the baseline.
         eps: added to the standard deviation, zero or more.
+        checks: look into the data: nothing NaN or infinite.
 
     Returns:
         [S] float32 (float64 for float64); zero for the only member of a group, which has nothing to be compared with.
@@ -197,11 +212,13 @@ def group_advantages(
     >>> rk.group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), 2, scale=None)
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     """
-    float_tensor("scores", scores, 1)
-    wants(baseline in ("mean", "leave_one_out"), "baseline", baseline, "'mean' or 'leave_one_out'")
-    wants(scale in ("group_std", "batch_std", None), "scale", scale, "'group_std', 'batch_std' or None")
-    wants(is_number(eps) and eps >= 0, "eps", eps, "a number, zero or more")
+    check.float_tensor("scores", scores, 1)
+    check.one_of("baseline", baseline, ("mean", "leave_one_out"))
+    check.one_of("scale", scale, ("group_std", "batch_std", None))
+    check.wants(check.is_finite(eps) and eps >= 0, "eps", eps, "a finite number, zero or more")
     layout = group_layout(groups, scores)
+    if checks:
+        check.finite(scores=scores)
     # In double the mean of equal float32 scores is exact, so a group without contrast gets zeros and not noise / eps.
     flat = scores.detach().double()
     x = layout.gather(flat).where(layout.member, 0.0)
@@ -224,6 +241,7 @@ def whiten(
     shift_mean: bool = True,
     eps: float = EPS,
     process_group: dist.ProcessGroup | None = None,
+    checks: bool = True,
 ) -> Tensor:
     """``(x - mean) / sqrt(var + eps)`` over the rows with ``mask``, with the biased variance; one row becomes zero.
 
@@ -233,6 +251,8 @@ def whiten(
         shift_mean: False puts the mean back, so that only the scale changes.
         eps: added to the variance, positive.
         process_group: take mean and variance over all ranks of this group, which must all call. None: this call only.
+        checks: look into the data: nothing NaN or infinite where ``mask`` is true. With ``process_group`` nothing is
+            looked at, since one rank that stops leaves the others waiting: a NaN then shows in the results of all.
 
     Returns:
         [...] float32 (float64 for float64), zero where ``mask`` is false.
@@ -244,10 +264,12 @@ def whiten(
     >>> rk.whiten(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
     tensor([-1.,  1.,  0.])
     """
-    float_tensor("x", x)
-    wants(is_number(eps) and eps > 0, "eps", eps, "a positive number")
+    check.float_tensor("x", x)
+    check.wants(check.is_finite(eps) and eps > 0, "eps", eps, "a positive finite number")
     if mask is not None:
         _check_mask(mask, tuple(x.shape), x.device)
+    if checks and process_group is None:
+        check.finite(mask, x=x)
     return _whiten(x, mask, shift_mean, eps, process_group)
 
 
@@ -271,5 +293,4 @@ def _whiten(
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    shaped("mask", mask, shape, device, "one per row")
-    wants(mask.dtype == torch.bool, "mask", mask, "bool")
+    check.bool_tensor("mask", mask, shape, device, "one per row")

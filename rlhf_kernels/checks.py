@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections import deque
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LARGEST = 2**63 - 1  # of the integers that torch computes with
 
 
 def show(x: object) -> str:
-    """A tensor by shape, dtype and device; anything else by its repr."""
-    if isinstance(x, Tensor):
-        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
-    return repr(x)
+    """A tensor by shape, dtype and device (and layout, if it is not dense); anything else by its repr, if short."""
+    if not isinstance(x, Tensor):
+        text = repr(x)
+        return text if len(text) <= 80 else f"{type(x).__name__} {text[:60]}..."
+    dtype, layout = str(x.dtype).removeprefix("torch."), str(x.layout).removeprefix("torch.")
+    if x.is_nested:
+        return f"a nested {dtype} tensor"
+    dense = "" if x.layout == torch.strided else f"{layout} "
+    return f"{dense}{dtype}{list(x.shape)} on {x.device}"
 
 
 def wants(condition: bool, name: str, got: object, want: str) -> None:
@@ -25,72 +32,150 @@ def wants(condition: bool, name: str, got: object, want: str) -> None:
 
 
 def is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and not math.isnan(x)
+    """An int or float that torch can compute with, infinities included."""
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        return False
+    return abs(x) <= LARGEST if isinstance(x, int) else not math.isnan(x)
+
+
+def is_finite(x: object) -> bool:
+    return is_number(x) and math.isfinite(x)  # type: ignore[arg-type]
+
+
+def is_count(x: object) -> TypeGuard[int]:
+    """A whole number of one or more."""
+    return isinstance(x, int) and not isinstance(x, bool) and 0 < x <= LARGEST
 
 
 def positive(name: str, x: object) -> None:
-    wants(is_number(x) and 0 < x < math.inf, name, x, "a positive finite number")  # type: ignore[operator]
+    wants(is_finite(x) and x > 0, name, x, "a positive finite number")  # type: ignore[operator]
+
+
+def one_of(name: str, x: object, choices: tuple[str | None, ...]) -> None:
+    fits = (x is None or isinstance(x, str)) and x in choices
+    wants(fits, name, x, "one of " + ", ".join(map(repr, choices)))
+
+
+def tensor(name: str, x: object, kind: str = "a tensor") -> None:
+    """A dense tensor with memory of its own kind: neither sparse, nested, quantised, of a library, nor without data."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, wants {kind}")
+    dense = x.layout == torch.strided and not x.is_nested and x.device.type != "meta"
+    wants(dense, name, x, f"{kind}, dense and with data")
 
 
 def float_tensor(name: str, x: object, dims: int | None = None) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, wants a tensor")
+    tensor(name, x)
+    assert isinstance(x, Tensor)
     wants(x.dtype in FLOATS, name, x, "float32, bfloat16, float16 or float64")
     if dims is not None:
         wants(x.dim() == dims, name, x, f"{dims} dimension{'s' if dims > 1 else ''}")
 
 
 def shaped(name: str, x: object, shape: tuple[int, ...], device: torch.device, why: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, wants a tensor")
+    tensor(name, x)
+    assert isinstance(x, Tensor)
     wants(tuple(x.shape) == tuple(shape), name, x, f"shape {list(shape)}, {why}")
     wants(x.device == device, name, x, f"device {device}, where hidden is")
 
 
+def bool_tensor(name: str, x: object, shape: tuple[int, ...], device: torch.device, why: str) -> None:
+    tensor(name, x, f"a bool tensor of shape {list(shape)}, {why}")
+    assert isinstance(x, Tensor)
+    wants(x.dtype == torch.bool, name, x, "bool")
+    shaped(name, x, shape, device, why)
+
+
+def transformed() -> bool:
+    """Whether torch.func is at work, whose tensors have no data that a kernel or a check could read."""
+    return torch._C._are_functorch_transforms_active()  # torch.autograd.Function asks the same; there is no public way
+
+
+def no_transforms() -> None:
+    if transformed():
+        raise RuntimeError(
+            "rlhf_kernels: got a call under torch.func (vmap, grad, jvp, jacrev), wants tensors with memory that a "
+            "kernel can read: use backward() or torch.autograd.grad, and pack sequences where you would vmap"
+        )
+
+
 class Answer(NamedTuple):
-    """What a GPU will have said about a fact of the data once ``there``."""
+    """What a GPU will have said about facts of the data once ``there``."""
 
     there: Any  # an event
-    fine: Tensor  # [] bool, in memory of the host
-    message: str
+    fine: Tensor  # [k] bool, in memory of the host
+    messages: tuple[str, ...]
 
 
-_awaited: list[Answer] = []
+_awaited: deque[Answer] = deque()  # appended to and popped from by any thread
 
 
 def holds(condition: Tensor, message: str) -> None:
     """Check a fact of the data. Free on a CPU; on a GPU nobody waits for the answer, which ``report`` reads later."""
-    if not condition.is_cuda:
-        if not bool(condition):
-            raise ValueError(message)
+    hold([(condition, message)])
+
+
+def hold(facts: list[tuple[Tensor, str]]) -> None:
+    """``holds`` for several facts, which a GPU tells with one copy."""
+    if not facts or transformed():
+        return
+    device = facts[0][0].device
+    if device.type != "cuda":
+        for condition, message in facts:
+            if not bool(condition):
+                raise ValueError(message)
     elif not torch.cuda.is_current_stream_capturing():  # a captured graph asks nobody
-        fine = torch.empty((), dtype=torch.bool, pin_memory=True)
-        fine.copy_(condition, non_blocking=True)
+        fine = torch.empty(len(facts), dtype=torch.bool, pin_memory=True)
+        fine.copy_(torch.stack([condition for condition, _ in facts]), non_blocking=True)
         there = torch.cuda.Event()
-        there.record(torch.cuda.current_stream(condition.device))
-        _awaited.append(Answer(there, fine, message))
+        there.record(torch.cuda.current_stream(device))
+        _awaited.append(Answer(there, fine, tuple(message for _, message in facts)))
 
 
 def report() -> None:
     """Raise the first check of an earlier call that has been found to fail; answers that are not there yet can wait."""
-    while _awaited and _awaited[0].there.query():
-        answer = _awaited.pop(0)
-        if not bool(answer.fine):
+    while _awaited:
+        try:
+            answer = _awaited.popleft()
+        except IndexError:  # another thread was faster
+            return
+        if not answer.there.query():
+            _awaited.appendleft(answer)
+            return
+        if not bool(answer.fine.all()):
             _awaited.clear()  # what else failed may have failed for the same reason
-            raise ValueError(f"{answer.message} (in an earlier call, which could not wait for the GPU to say so)")
+            message = answer.messages[int(answer.fine.int().argmin())]
+            raise ValueError(f"{message} (in an earlier call, which could not wait for the GPU to say so)")
+
+
+def finite(where: Tensor | None = None, **given: Tensor | None) -> None:
+    """Each of these holds numbers wherever ``where``, of the same shape, is true (None: everywhere)."""
+    facts = []
+    for name, x in given.items():
+        if x is None or not x.is_floating_point():
+            continue
+        fine = torch.isfinite(x.detach())
+        fine = fine if where is None else fine | ~where
+        message = f"{name}: got NaN or infinity where it counts, wants finite numbers"
+        if not x.is_cuda and not transformed() and not bool(fine.all()):
+            at = (~fine).nonzero()[0].tolist()
+            where_at = f" at {at[0] if len(at) == 1 else at}" if at else ""
+            raise ValueError(f"{name}: got {x.detach()[tuple(at)].item()}{where_at}, wants finite numbers")
+        facts.append((fine.all(), message))
+    hold(facts)
 
 
 def cu_seqlens_of(name: str, cu_seqlens: object, rows: int, device: torch.device, checks: bool = True) -> Tensor:
     """[S+1] int64 boundaries, from 0 to ``rows``, never falling."""
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"{name}: got {type(cu_seqlens).__name__}, wants an integer tensor [S+1]")
+    tensor(name, cu_seqlens, "an integer tensor [S+1]")
+    assert isinstance(cu_seqlens, Tensor)
     integer = cu_seqlens.dtype in (torch.int32, torch.int64)
     wants(integer and cu_seqlens.dim() == 1 and cu_seqlens.numel() > 0, name, cu_seqlens, "int32 or int64 [S+1]")
     wants(cu_seqlens.device == device, name, cu_seqlens, f"device {device}")
-    cu = cu_seqlens.long()
+    cu = cu_seqlens.long().contiguous()
     if checks:
-        holds((cu[0] == 0) & (cu[-1] == rows), f"{name}: wants to run from 0 to {rows}, the number of rows given")
-        holds((cu.diff() >= 0).all(), f"{name}: wants boundaries that never fall")
+        ends = (cu[0] == 0) & (cu[-1] == rows), f"{name}: wants to run from 0 to {rows}, the number of rows given"
+        hold([ends, ((cu.diff() >= 0).all(), f"{name}: wants boundaries that never fall")])
     return cu
 
 
@@ -110,18 +195,23 @@ def head_arguments(hidden: Tensor, weight: Tensor, targets: Tensor, per_position
     target_arguments(hidden, targets, per_position)
 
 
-def target_arguments(hidden: Tensor, targets: Tensor, per_position: int) -> None:
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets: got {type(targets).__name__}, wants an integer tensor")
-    wants(targets.dtype in (torch.int64, torch.int32), "targets", targets, "int64 or int32")
+def ignore_index(x: object) -> None:
+    fits = isinstance(x, int) and not isinstance(x, bool) and abs(x) <= LARGEST
+    wants(fits, "ignore_index", x, "a whole number")
+
+
+def target_arguments(hidden: Tensor, targets: Tensor, per_position: int, aligned: str = "hidden") -> None:
+    name = "token_ids" if per_position else "targets"
+    tensor(name, targets, "an integer tensor")
+    wants(targets.dtype in (torch.int64, torch.int32), name, targets, "int64 or int32")
     lead = tuple(targets.shape[: targets.dim() - per_position])
     wants(
-        lead == tuple(hidden.shape[:-1]),
-        "targets",
+        targets.dim() >= per_position and lead == tuple(hidden.shape[:-1]),
+        name,
         targets,
-        f"shape {list(hidden.shape[:-1])}{' + [K]' * per_position}, aligned with hidden",
+        f"shape {list(hidden.shape[:-1])}{' + [K]' * per_position}, aligned with {aligned}",
     )
-    wants(targets.device == hidden.device, "targets", targets, f"device {hidden.device}, where hidden is")
+    wants(targets.device == hidden.device, name, targets, f"device {hidden.device}, where {aligned} is")
 
 
 def finite_rows(hidden: Tensor, kept: Tensor | None, real: Tensor | None = None) -> None:
@@ -135,14 +225,17 @@ def finite_rows(hidden: Tensor, kept: Tensor | None, real: Tensor | None = None)
     )
 
 
-def explain_logits(lse: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Called on the first statistics of a call: a NaN in the head shows in every one of them."""
-    if lse.is_cuda:
-        holds(torch.isfinite(lse).all(), "weight or bias: got NaN or infinity, wants finite numbers")
-        return
-    if bool(torch.isfinite(lse).all()):
-        return
-    for name, x in (("weight", weight), ("bias", bias)):
-        if x is not None and not bool(torch.isfinite(x).all()):
-            raise ValueError(f"{name}: got NaN or infinity, wants finite numbers")
-    raise ValueError("hidden, weight: the logits overflow; wants logits that float32 can hold")
+def explain_logits(lse: Tensor, kl: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Called on statistics, in which a NaN of the head, of ready logits or of a reference shows."""
+    name = "logits" if weight is None else "weight"
+    facts = [(torch.isfinite(lse).all(), f"{name} or bias: got NaN or infinity, wants finite numbers")]
+    if kl is not None:
+        facts.append((torch.isfinite(kl).all(), "ref: got NaN or infinity in hidden or weight, wants finite numbers"))
+    if not lse.is_cuda and not bool(facts[0][0]):
+        for name, x in (("weight", weight), ("bias", bias)):
+            if x is not None and not bool(torch.isfinite(x).all()):
+                raise ValueError(f"{name}: got NaN or infinity, wants finite numbers")
+        if weight is None:
+            raise ValueError("logits: got NaN or infinity in a row that counts, wants finite numbers (or -inf)")
+        raise ValueError("hidden, weight: the logits overflow; wants logits that float32 can hold")
+    hold(facts)

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import wants
+from rlhf_kernels.checks import one_of
 
 VALUES = ("k1", "k2", "k3")
 LOSS_TERMS = ("k2", "k3", "k1+", "k3+")
@@ -46,10 +46,9 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kl: str) -> Tensor:
 
 def check_loss_term(kl: str, coef: float) -> None:
     """Refuse estimators that cannot be a loss term; with ``coef`` zero they are only logged."""
+    one_of("kl", kl, (*LOSS_TERMS, "k1", "exact"))
     if kl == "k1" and coef:
         raise ValueError(
             "kl: got 'k1' as a loss term, but its expected gradient is zero (the score function averages to zero); "
             "wants 'k1+' (the same value with the gradient of k2), 'k2', 'k3', 'k3+' or 'exact'"
         )
-    choices = (*LOSS_TERMS, "k1", "exact")
-    wants(kl in choices, "kl", kl, "one of " + ", ".join(choices))

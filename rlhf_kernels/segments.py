@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import wants
+from rlhf_kernels.checks import tensor, wants
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def segment_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -55,14 +57,14 @@ def group_layout(groups: int | Tensor, like: Tensor) -> Groups:
         wants(groups >= 1 and size % groups == 0, "groups", groups, f"a positive divisor of the {size} scores given")
         index = torch.arange(size, device=like.device).reshape(-1, groups)
         return Groups(index, torch.ones_like(index, dtype=torch.bool))
-    if not isinstance(groups, Tensor):
-        raise TypeError(f"groups: got {type(groups).__name__}, wants an int or an integer tensor [S]")
-    integer = not groups.is_floating_point() and not groups.is_complex() and groups.dtype != torch.bool
-    wants(integer and tuple(groups.shape) == (size,), "groups", groups, f"an int, or integer ids of shape [{size}]")
+    tensor("groups", groups, "an int or an integer tensor [S]")
+    assert isinstance(groups, Tensor)
+    fits = groups.dtype in INTEGERS and tuple(groups.shape) == (size,)
+    wants(fits, "groups", groups, f"an int, or integer ids of shape [{size}]")
     wants(groups.device == like.device, "groups", groups, f"device {like.device}, where scores is")
     order = groups.argsort(stable=True)
     counts = torch.unique_consecutive(groups[order], return_counts=True)[1]
-    slots = torch.arange(int(counts.max()) if size else 0, device=like.device)
+    slots = torch.arange(int(counts.max()) if size else 1, device=like.device)
     member = slots < counts[:, None]
     index = (counts.cumsum(0) - counts)[:, None] + slots
     return Groups(order[index.clamp(max=max(size - 1, 0))], member)

@@ -57,7 +57,7 @@ class HeadOptions(TypedDict, total=False):
     tolerance: float | None  # share (L2) of their gradient that logits may lose; None: nothing is left out
     tp_group: Any  # torch.distributed.ProcessGroup whose ranks hold the rows of weight, in order; None: all are here
     max_targets: int | None  # at least the targets that are not ignored: then no call waits for the GPU to count them
-    checks: bool  # look into the data (targets in range, nothing NaN)
+    checks: bool  # look into the data: targets in range, and nothing NaN or infinite where it counts
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from helpers import Problem, leaves, make_problem, small_budget
 from torch.utils.checkpoint import checkpoint
@@ -211,3 +212,74 @@ def test_autocast(backend, way, tight, half):
     for a, b in zip(gradients(x), once(way, q, **kwargs), strict=True):
         assert a.dtype == torch.float32
         assert (a - b.float()).norm() <= torch.finfo(half).eps * b.float().norm()
+
+
+@WAYS
+@BUDGET
+def test_second_derivatives_are_refused(backend, way, tight):
+    """A gradient with a graph may be made; whoever differentiates it hears that it cannot be done, whatever for."""
+    p = make_problem(seed=24)
+    kwargs = {"backend": backend, "max_bytes": small_budget(p) if tight else None}
+    x = leaves(p)
+    inputs = list(x.values())
+    grads = torch.autograd.grad(way(x, p, **kwargs), inputs, create_graph=True)
+    same([g.detach() for g in grads], once(way, p, **kwargs))
+    asks = (lambda penalty: penalty.backward(), lambda penalty: torch.autograd.grad(penalty, inputs[0]))
+    for ask in asks:
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            ask(sum(g.square().sum() for g in grads))
+
+
+@WAYS
+def test_second_derivatives_through_the_upstream_gradient_are_refused(backend, way):
+    """It is the one road to the second derivative that torch's own ``once_differentiable`` closes."""
+    p = make_problem(seed=25)
+    x, scale = leaves(p), torch.tensor(2.0, requires_grad=True)
+    (grad,) = torch.autograd.grad(scale * way(x, p, backend=backend), x["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        grad.sum().backward()
+
+
+@WAYS
+def test_forward_mode_is_refused(way):
+    p = make_problem(seed=26)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        way({"hidden": forward_ad.make_dual(p.hidden, torch.ones_like(p.hidden)), "weight": p.weight}, p)
+
+
+@WAYS
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "jacrev"])
+def test_transforms_of_functions_are_refused(way, transform):
+    p = make_problem(seed=27)
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        return way({"hidden": hidden, "weight": p.weight}, p)
+
+    asked = {
+        "grad": lambda: torch.func.grad(loss)(p.hidden),
+        "vmap": lambda: torch.vmap(loss)(p.hidden[None]),
+        "jvp": lambda: torch.func.jvp(loss, (p.hidden,), (p.hidden,)),
+        "jacrev": lambda: torch.func.jacrev(loss)(p.hidden),
+    }
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        asked[transform]()
+
+
+def test_losses_without_a_head_may_be_transformed():
+    """They are plain torch, and so are their derivatives of any order."""
+    values, returns = torch.randn(3, 4), torch.randn(4)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return rk.value_loss(x, returns).loss
+
+    each = torch.stack([rk.value_loss(v, returns).loss for v in values])
+    assert torch.allclose(torch.vmap(loss)(values), each)
+    assert torch.allclose(torch.func.grad(loss)(values[0]), (values[0] - returns) / 4)
+    assert torch.allclose(torch.func.hessian(loss)(values[0]), torch.eye(4) / 4)
+    cu = torch.tensor([0, 4])
+    for fn, args in (
+        (lambda r, v: rk.gae(r, v, cu), (values, values)),
+        (lambda s, a, b: rk.shaped_rewards(s, a, b, cu, beta=0.1), (values[:, :1], values, values)),
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.func"):
+            torch.vmap(fn)(*args)

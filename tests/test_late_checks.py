@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 import torch
 
@@ -21,12 +23,12 @@ class Event:
 
 @pytest.fixture(autouse=True)
 def _nothing_awaited(monkeypatch):
-    monkeypatch.setattr(checks, "_awaited", [])
+    monkeypatch.setattr(checks, "_awaited", deque())
 
 
 def await_answer(fine: bool, message: str, there: bool = True) -> Event:
     event = Event(there)
-    checks._awaited.append(checks.Answer(event, torch.tensor(fine), message))
+    checks._awaited.append(checks.Answer(event, torch.tensor([True, fine]), ("what is fine", message)))
     return event
 
 
@@ -55,7 +57,7 @@ def test_answers_come_in_order():
     await_answer(True, "first", there=False)
     await_answer(False, "second")
     score()
-    assert [x.message for x in checks._awaited] == ["first", "second"]
+    assert [x.messages[1] for x in checks._awaited] == ["first", "second"]
 
 
 def test_metrics_say_it_too():

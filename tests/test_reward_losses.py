@@ -166,3 +166,18 @@ def test_groups_of_nothing_but_ties_leave_the_mean():
     tied = rk.bradley_terry_loss(torch.tensor([1.0, 2.0], requires_grad=True), ranks=torch.tensor([0, 0]))
     assert tied.loss == 0
     tied.loss.backward()
+
+
+def test_nothing_to_compare_is_zero_however_groups_are_named():
+    nothing = torch.zeros(0, requires_grad=True)
+    ids, no = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
+    for groups in (2, ids):
+        losses = [
+            rk.plackett_luce_loss(nothing, ids, groups),
+            rk.infonce_loss(nothing, no, groups),
+            rk.bradley_terry_loss(nothing, ranks=ids, groups=groups),
+        ]
+        for out in losses:
+            assert out.loss == 0
+            assert all(x == 0 for x in out.metrics.values())
+        assert rk.group_advantages(nothing, groups).shape == (0,)

@@ -52,6 +52,8 @@ def _cannot(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend of that name. An explicit name that cannot run raises; ``"auto"`` falls back to eager and says so."""
+    if not isinstance(name, str):
+        raise ValueError(f"backend: got {name!r}, wants 'auto', {' or '.join(map(repr, NAMES))}")
     name = os.environ.get("RLHF_KERNELS_BACKEND", "auto") if name == "auto" else name
     if name == "auto":
         best = {"cpu": "native", "cuda": "triton"}.get(device.type)

@@ -100,31 +100,35 @@ class Call:
 
 
 def _reference(
-    ref: RefArgument, ref_head: HeadOptions | None, direction: str, hidden: Tensor, vocab: int, policy: HeadOptions
-) -> Reference | None:
+    ref: RefArgument, ref_head: HeadOptions | None, direction: str, names: tuple[str, str], hidden: Tensor, vocab: int,
+    policy: HeadOptions,
+) -> Reference | None:  # fmt: skip
     if ref is None:
         return None
+    check.wants(isinstance(ref, (tuple, list)) and len(ref) == 2, "ref", ref, "(ref_hidden, ref_weight), or None")
     ref_hidden, ref_weight = ref
-    check.float_tensor("ref[0]", ref_hidden)
-    check.float_tensor("ref[1]", ref_weight, 2)
+    check.float_tensor(names[0], ref_hidden)
+    check.float_tensor(names[1], ref_weight, 2)
+    check.wants(ref_hidden.dim() > 0, names[0], ref_hidden, "[..., H]")
     lead, width = tuple(hidden.shape[:-1]), ref_hidden.shape[-1]
-    check.wants(tuple(ref_hidden.shape[:-1]) == lead, "ref[0]", ref_hidden, f"shape {[*lead, 'H']}, as hidden")
+    check.wants(tuple(ref_hidden.shape[:-1]) == lead, names[0], ref_hidden, f"shape {[*lead, 'H']}, as hidden")
     cut = policy.get("vocab_size") is not None  # then both heads may be padded, each in its way
     fits = ref_weight.shape[0] >= vocab if cut else ref_weight.shape[0] == vocab
     check.wants(
-        fits and ref_weight.shape[1] == width, "ref[1]", ref_weight, f"[{vocab}, {width}], the policy's vocabulary"
+        fits and ref_weight.shape[1] == width, names[1], ref_weight, f"[{vocab}, {width}], the policy's vocabulary"
     )
-    for name, x in (("ref[0]", ref_hidden), ("ref[1]", ref_weight)):
+    for name, x in zip(names, (ref_hidden, ref_weight), strict=True):
         check.wants(x.dtype == hidden.dtype, name, x, f"the dtype of hidden, {hidden.dtype}")
         check.wants(x.device == hidden.device, name, x, f"device {hidden.device}, where hidden is")
     if ref_head is None:  # mostly it is an older copy of the policy
         check.wants(policy.get("bias") is None, "ref_head", None, "the reference's bias, as the policy's head has one")
         ref_head = HeadOptions(softcap=policy.get("softcap"), logit_scale=policy.get("logit_scale", 1.0))
-    options = ref_head
-    unknown = options.keys() - {"bias", "softcap", "logit_scale"}
-    check.wants(not unknown, "ref_head", sorted(unknown), "bias, softcap and logit_scale only")
-    check.wants(direction in ("reverse", "forward"), "direction", direction, "'reverse' or 'forward'")
-    return Reference(ref_hidden.detach().reshape(-1, width), _head(ref_hidden, ref_weight, vocab, options), direction)
+    check.wants(isinstance(ref_head, dict), "ref_head", ref_head, "a dict with bias, softcap and logit_scale, or None")
+    unknown = ref_head.keys() - {"bias", "softcap", "logit_scale"}
+    check.wants(not unknown, "ref_head", sorted(map(str, unknown)), "bias, softcap and logit_scale only")
+    check.one_of("direction", direction, ("reverse", "forward"))
+    head = _head(ref_hidden, ref_weight, vocab, ref_head, "ref_head: ")
+    return Reference(ref_hidden.detach().reshape(-1, width), head, direction)
 
 
 def _kept(targets: Tensor, ignore_index: int, max_targets: int | None) -> tuple[Tensor, Tensor | None, Kept]:
@@ -134,15 +138,15 @@ def _kept(targets: Tensor, ignore_index: int, max_targets: int | None) -> tuple[
     return targets.masked_fill(ignored, 0), partly, Kept.of(~ignored.all(1), max_targets)
 
 
-def _head(hidden: Tensor, weight: Tensor | None, vocab: int, options: HeadOptions) -> Head:
+def _head(hidden: Tensor, weight: Tensor | None, vocab: int, options: HeadOptions, whose: str = "") -> Head:
     bias, softcap, scale = options.get("bias"), options.get("softcap"), options.get("logit_scale", 1.0)
     width = hidden.shape[-1] if weight is None else weight.shape[0]
     if bias is not None:
-        check.shaped("bias", bias, (width,), hidden.device, "one per row of weight")
-        check.wants(bias.dtype == hidden.dtype, "bias", bias, f"the dtype of hidden, {hidden.dtype}")
+        check.shaped(f"{whose}bias", bias, (width,), hidden.device, "one per row of weight")
+        check.wants(bias.dtype == hidden.dtype, f"{whose}bias", bias, f"the dtype of hidden, {hidden.dtype}")
     if softcap is not None:
-        check.positive("softcap", softcap)
-    check.wants(check.is_number(scale) and scale != 0, "logit_scale", scale, "a number other than zero")
+        check.positive(f"{whose}softcap", softcap)
+    check.wants(check.is_finite(scale) and scale != 0, f"{whose}logit_scale", scale, "a finite number other than zero")
     return Head(
         weight=None if weight is None else weight.detach()[:vocab],
         bias=None if bias is None else bias.detach()[:vocab],
@@ -157,6 +161,7 @@ def _temperature(value: float | Tensor, targets: Tensor, per_position: int, hidd
         return float(value)
     lead = tuple(targets.shape[: targets.dim() - per_position])
     check.shaped("temperature", value, lead, hidden.device, "one per token")
+    check.float_tensor("temperature", value)
     check.wants(not value.requires_grad, "temperature", value, "a tensor without gradient")
     return value.reshape(-1).to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
 
@@ -166,7 +171,7 @@ def _parallel(backend: Backend, width: int, ref: RefArgument, options: HeadOptio
     group, vocab = options.get("tp_group"), options.get("vocab_size")
     if group is None:
         return None
-    check.wants(vocab is None or (isinstance(vocab, int) and vocab > 0), "vocab_size", vocab, "1 or more, or None")
+    check.wants(vocab is None or check.is_count(vocab), "vocab_size", vocab, "1 or more, or None")
     check.wants(ref is None, "tp_group", "a group", "None with an exact KL, which needs both heads whole")
     tolerance = options.get("tolerance")
     check.wants(tolerance is None, "tolerance", tolerance, "None where the head is spread over ranks")
@@ -177,7 +182,7 @@ def _columns(width: int, parallel: VocabParallel | None, asked: int | None) -> i
     """How many rows of the weight exist."""
     if parallel is None:
         vocab = width if asked is None else asked
-        fits = isinstance(vocab, int) and 0 < vocab <= width
+        fits = check.is_count(vocab) and vocab <= width
         check.wants(fits, "vocab_size", vocab, f"1 to {width}, the rows of weight")
         return vocab
     check.wants(parallel.everyone, "vocab_size", asked, "columns for every rank of tp_group")
@@ -192,6 +197,15 @@ def _agreed(parallel: VocabParallel, width: int, device: torch.device, *facts: i
     check.holds(same, "tp_group: wants the same targets, vocab_size and max_bytes, and enough weight, on all its ranks")
 
 
+def _for_autograd(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Autograd cannot save what was made under ``torch.inference_mode``."""
+    given = {"hidden" if weight is not None else "logits": hidden, "weight": weight, "bias": bias}
+    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
+        for name, x in tensors.items():
+            check.wants(not x.is_inference(), name, x, "a tensor made outside torch.inference_mode: clone it")
+
+
 def prepare(
     hidden: Tensor,
     weight: Tensor | None,
@@ -200,10 +214,12 @@ def prepare(
     ref: RefArgument = None,
     ref_head: HeadOptions | None = None,
     direction: str = "reverse",
+    ref_names: tuple[str, str] = ("ref[0]", "ref[1]"),
     **options: Unpack[HeadOptions],
 ) -> Call:
     """Check every argument of the head, before any work starts."""
     check.report()
+    check.no_transforms()
     unknown = options.keys() - HeadOptions.__annotations__.keys()
     if unknown:
         raise TypeError(
@@ -211,15 +227,17 @@ def prepare(
         )
     if weight is None:
         check.float_tensor("logits", hidden)
-        check.target_arguments(hidden, targets, per_position)
+        check.wants(hidden.dim() > 0, "logits", hidden, "[..., V]")
+        check.target_arguments(hidden, targets, per_position, "logits")
     else:
         check.head_arguments(hidden, weight, targets, per_position)
+    _for_autograd(hidden, weight, options.get("bias"))
     width = hidden.shape[-1] if weight is None else weight.shape[0]
     backend = resolve(options.get("backend", "auto"), hidden.device, hidden.dtype)
     parallel = _parallel(backend, width, ref, options)
     vocab = _columns(width, parallel, options.get("vocab_size"))
     built = _head(hidden, weight, vocab, options)
-    reference = _reference(ref, ref_head, direction, hidden, vocab, options)
+    reference = _reference(ref, ref_head, direction, ref_names, hidden, vocab, options)
     temperature = _temperature(options.get("temperature", 1.0), targets, per_position, hidden)
     weight_grad, scale = options.get("weight_grad"), options.get("loss_scale", 1.0)
     if weight_grad is not None:
@@ -227,13 +245,11 @@ def prepare(
         check.shaped("weight_grad", weight_grad, tuple(weight.shape), hidden.device, "as weight")  # type: ignore[union-attr]
         full = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         check.wants(weight_grad.dtype == full, "weight_grad", weight_grad, str(full).removeprefix("torch."))
-    check.wants(check.is_number(scale) and scale != 0, "loss_scale", scale, "a number other than zero")
+    check.wants(check.is_finite(scale) and scale != 0, "loss_scale", scale, "a finite number other than zero")
     default = MAX_BYTES.get(hidden.device.type, MAX_BYTES_GPU)
     max_bytes = options.get("max_bytes")
     max_bytes = default if max_bytes is None else max_bytes
-    check.wants(
-        isinstance(max_bytes, int) and max_bytes > 0, "max_bytes", max_bytes, "a positive whole number of bytes"
-    )
+    check.wants(check.is_count(max_bytes), "max_bytes", max_bytes, "a positive whole number of bytes")
 
     tolerance = options.get("tolerance")
     if tolerance is not None:
@@ -242,21 +258,22 @@ def prepare(
 
     flat = targets.reshape(hidden.shape[:-1].numel(), -1).long() if targets.numel() else targets.reshape(0, 1).long()
     most = options.get("max_targets")
-    fits = most is None or (isinstance(most, int) and most > 0)
-    check.wants(fits, "max_targets", most, "a positive whole number, or None")
+    check.wants(most is None or check.is_count(most), "max_targets", most, "a positive whole number, or None")
     most = None if most is None else min(most, flat.shape[0])
-    clean, partly, kept = _kept(flat, options.get("ignore_index", -100), most or None)
+    ignore_index = options.get("ignore_index", -100)
+    check.ignore_index(ignore_index)
+    clean, partly, kept = _kept(flat, ignore_index, most or None)
     rows_of_hidden = hidden.detach().reshape(-1, hidden.shape[-1])
     with_checks = options.get("checks", True)
     if with_checks and parallel is not None:
         _agreed(parallel, width, hidden.device, kept.rows, max_bytes, int(clean.sum()) if clean.is_cpu else 0)
     if with_checks and kept.rows:
-        most = (vocab if parallel is None else parallel.vocab) - 1
+        most, ids = (vocab if parallel is None else parallel.vocab) - 1, "token_ids" if per_position else "targets"
         check.holds(
             ((clean >= 0) & (clean <= most)).all(),
-            f"targets: got ids from {int(clean.min())} to {int(clean.max())}, wants 0 to {most} or ignore_index"
+            f"{ids}: got ids from {int(clean.min())} to {int(clean.max())}, wants 0 to {most} or ignore_index"
             if not clean.is_cuda
-            else "targets: an id is outside the vocabulary",
+            else f"{ids}: an id is outside the vocabulary",
         )
         check.finite_rows(rows_of_hidden, kept.index, kept.real) if weight is not None else None
         if isinstance(temperature, Tensor):
@@ -277,18 +294,3 @@ def prepare(
         hidden=rows_of_hidden,
         tolerance=tolerance,
     )
-
-
-def cast_inputs(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Under autocast, the head runs in autocast's dtype, as ``F.linear`` would."""
-    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "none")
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(x: Tensor | None) -> Tensor | None:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
-            return x
-        return x.to(dtype)
-
-    return [cast(x) for x in tensors]

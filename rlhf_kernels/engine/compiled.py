@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_kernels.engine.call import cast_inputs
+from rlhf_kernels.engine.boundary import cast_inputs
 from rlhf_kernels.engine.nodes import Arguments, loss_op, statistics_op
 from rlhf_kernels.types import LossOutput, TokenStats
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-HEADS = ("hidden", "weight", "bias", "logits", "ref", "ref_hidden", "ref_weight")  # what autocast casts
+HEADS = ("hidden", "weight", "bias", "ref", "ref_hidden", "ref_weight")  # what autocast casts
 LOST = ("tolerance/lost", "tolerance/dense")  # metrics of any loss with a tolerance
 NO_BUFFER = "rlhf_kernels: weight_grad is added to in place, so such a call is not part of a compiled graph"
 NO_GROUP = "rlhf_kernels: ranks meet in a call with tp_group, so it is not part of a compiled graph"
@@ -56,6 +56,8 @@ class _Flat:
 
 
 def _cast(arguments: Arguments) -> None:
+    if "logits" in arguments:
+        return
     for name in HEADS:
         x = arguments.get(name)
         if isinstance(x, Tensor):

@@ -8,10 +8,16 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import checks as check
-from rlhf_kernels.engine.call import Call, RefArgument, cast_inputs, prepare
+from rlhf_kernels.engine.boundary import (
+    cast_inputs,
+    cast_reference,
+    first_derivative,
+    refuse_tangents,
+    without_autocast,
+)
+from rlhf_kernels.engine.call import Call, RefArgument, prepare
 from rlhf_kernels.engine.compiled import one_break
 from rlhf_kernels.engine.op import padded
 from rlhf_kernels.engine.span import Gradients, Span, stats_dtype
@@ -127,9 +133,11 @@ class _FusedLoss(torch.autograd.Function):
             ctx.call, ctx.batch, ctx.wanted, ctx.grads = call, batch, wanted, grads
         return loss
 
+    jvp = staticmethod(refuse_tangents)
+
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor):
+    @first_derivative
+    def backward(ctx: Any, saved: tuple[Tensor, ...], upstream: Tensor):
         call: Call = ctx.call
         grads, ctx.grads = ctx.grads, None  # handed over, not kept: gradients as large as the head exist once
         if call.weight_grad is not None and ctx.wanted[1]:
@@ -138,7 +146,7 @@ class _FusedLoss(torch.autograd.Function):
             same = upstream == call.loss_scale
             message = f"loss_scale: wants the factor that reaches the loss in backward, got {call.loss_scale}"
             check.holds(same, message if upstream.is_cuda else f"{message} while {float(upstream)} reached it")
-        hidden, weight, bias = ctx.saved_tensors
+        hidden, weight, bias = saved
         if grads is None:
             grads = _stream(call.bind(hidden, weight, bias), ctx.batch, ctx.wanted)[2]
         scale = upstream / call.loss_scale
@@ -158,8 +166,10 @@ def _batch(
     call: Call, objective: Objective, per_token: Sequence[Tensor], per_sequence: Sequence[Tensor],
     cu_seqlens: Tensor | None, unit: int, lead: torch.Size,
 ) -> Batch:  # fmt: skip
+    for name, group in (("per_token", per_token), ("per_sequence", per_sequence)):
+        check.wants(isinstance(group, (tuple, list)), name, group, "a tuple or list of tensors")
     check.wants(callable(objective), "objective", objective, "a function")
-    check.wants(isinstance(unit, int) and unit > 0, "unit", unit, "a positive whole number of sequences")
+    check.wants(check.is_count(unit), "unit", unit, "a positive whole number of sequences")
     rows, device = call.targets.shape[0], call.hidden.device
     cu_kept = None
     bounded = call.kept.real is not None
@@ -174,8 +184,9 @@ def _batch(
     for i, x in enumerate(per_token):
         check.shaped(f"per_token[{i}]", x, tuple(lead), device, "aligned with targets")
     for i, x in enumerate(per_sequence):
-        fits = isinstance(x, Tensor) and cu_kept is not None and x.shape[:1] == (cu_kept.numel() - 1,)
-        check.wants(fits, f"per_sequence[{i}]", x, "one entry per sequence")
+        check.tensor(f"per_sequence[{i}]", x)
+        fits = cu_kept is not None and x.shape[:1] == (cu_kept.numel() - 1,) and x.device == device
+        check.wants(fits, f"per_sequence[{i}]", x, f"one entry per sequence, on {device}")
     free = "a tensor without gradient: detach it, or build your loss on token_stats"
     for kind, group in (("per_token", per_token), ("per_sequence", per_sequence)):
         for i, x in enumerate(group):
@@ -210,9 +221,10 @@ def fused_loss(
         weight: [V, H] language-model head, of the same dtype.
         targets: [...] int64 token of each position; rows with ``ignore_index`` never meet the head.
         objective: ``objective(stats, cu_seqlens, *per_token, *per_sequence) -> (scalar, {name: (sum, count)})``.
-            It sees kept rows only, ``cu_seqlens`` counting them, and must be additive over units (and, with
-            ``max_targets``, finite where all that it is given is zero).
-        per_token: tensors shaped like ``targets``; values at ignored positions never matter.
+            It runs without autocast and sees kept rows only, ``cu_seqlens`` counting them. It must be additive over
+            units (and, with ``max_targets``, finite where all that it is given is zero).
+        per_token: tensors shaped like ``targets``; values at ignored positions never matter. ``checks`` does not look
+            into them, nor into ``per_sequence``: what they may hold only the objective knows.
         per_sequence: tensors [S, ...].
         cu_seqlens: [S+1] boundaries of the given rows, ignored ones included.
         unit: sequences that must be seen together (2 for preference pairs).
@@ -231,14 +243,19 @@ def fused_loss(
     >>> rk.fused_loss(torch.randn(3, 4), torch.zeros(8, 4), torch.tensor([1, 2, 3]), nll).loss
     tensor(6.2383)
     """
+    check.float_tensor("weight", weight, 2)
     hidden, weight, bias = cast_inputs(hidden, weight, head.get("bias"))  # type: ignore[assignment]
     head["bias"] = bias
-    if ref is not None:
-        ref = tuple(cast_inputs(*ref))  # type: ignore[assignment]
-    call = prepare(hidden, weight, targets, 0, ref, ref_head, "reverse", **head)
-    batch = _batch(call, objective, per_token, per_sequence, cu_seqlens, unit, targets.shape)
-    on = torch.is_grad_enabled()
-    wanted = (on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad)
-    metrics = Metrics()
-    loss = _FusedLoss.apply(hidden, weight, bias, call, batch, wanted, metrics)
+    ref, ref_head = cast_reference(ref, ref_head)
+    with without_autocast(hidden):
+        call = prepare(hidden, weight, targets, 0, ref, ref_head, "reverse", **head)
+        batch = _batch(call, objective, per_token, per_sequence, cu_seqlens, unit, targets.shape)
+        on = torch.is_grad_enabled()
+        wanted = (
+            on and hidden.requires_grad,
+            on and weight.requires_grad,
+            on and bias is not None and bias.requires_grad,
+        )
+        metrics = Metrics()
+        loss = _FusedLoss.apply(hidden, weight, bias, call, batch, wanted, metrics)
     return LossOutput(loss, metrics)  # type: ignore[arg-type]

@@ -35,6 +35,12 @@ class Kept:
         index = torch.zeros(most + 1, dtype=torch.int64, device=alive.device).scatter_(0, slot, source)[:most]
         return Kept(most, index, torch.arange(most, device=alive.device) < count, place)
 
+    def ignored(self, index: Tensor, count: int) -> Tensor:
+        """[N] bool: which of ``count`` rows are not kept, where not all of them are."""
+        if self.place is not None:  # slots that stand for nothing all point to row 0
+            return self.place < 0
+        return torch.ones(count, dtype=torch.bool, device=index.device).index_fill_(0, index, False)
+
     def pick(self, x: Tensor, start: int, stop: int, fill: float = 0) -> Tensor:
         """Kept rows start to stop of a [N, ...] tensor; ``fill`` in those that stand for nothing."""
         part = x[start:stop] if self.index is None else x[self.index[start:stop]]

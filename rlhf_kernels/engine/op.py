@@ -7,10 +7,16 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import checks as check
-from rlhf_kernels.engine.call import Call, RefArgument, cast_inputs, prepare
+from rlhf_kernels.engine.boundary import (
+    cast_inputs,
+    cast_reference,
+    first_derivative,
+    refuse_tangents,
+    without_autocast,
+)
+from rlhf_kernels.engine.call import Call, RefArgument, prepare
 from rlhf_kernels.engine.compiled import compilable_statistics
 from rlhf_kernels.engine.span import Gradients, Span, stats_dtype
 from rlhf_kernels.types import Grads, HeadOptions, TokenStats
@@ -40,10 +46,12 @@ class _TokenStats(torch.autograd.Function):
             ctx.mark_non_differentiable(full[4])
         return full
 
+    jvp = staticmethod(refuse_tangents)
+
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None):
-        hidden, weight, bias = ctx.saved_tensors  # raises if one was changed in place meanwhile
+    @first_derivative
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *upstream: Tensor | None):
+        hidden, weight, bias = saved
         call: Call = ctx.call.bind(hidden, weight, bias)
         grads = _gather(upstream, call)
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
@@ -55,8 +63,7 @@ class _TokenStats(torch.autograd.Function):
         ctx.span.backward(grads, into)
         ctx.span.call = ctx.call  # statistics that live on shall not keep this head's scratch
         if call.overwrite and call.kept.index is not None:
-            ignored = torch.ones(call.targets.shape[0], dtype=torch.bool, device=hidden.device)
-            call.hidden.masked_fill_(ignored.index_fill_(0, call.kept.index, False)[:, None], 0.0)
+            call.hidden.masked_fill_(call.kept.ignored(call.kept.index, call.targets.shape[0])[:, None], 0.0)
         into.filled()
         return (
             padded(None if into.hidden is None else into.hidden.view(hidden.shape), hidden, hidden.dtype),
@@ -106,13 +113,14 @@ def _statistics(
     hidden: Tensor, weight: Tensor | None, targets: Tensor, per_position: int, ref: RefArgument,
     ref_head: HeadOptions | None, direction: str, head: HeadOptions, overwrite: bool = False,
 ) -> TokenStats:  # fmt: skip
-    hidden, weight, bias = cast_inputs(hidden, weight, head.get("bias"))  # type: ignore[assignment]
-    head["bias"] = bias
-    if ref is not None:
-        ref = tuple(cast_inputs(*ref))  # type: ignore[assignment]
-    call = prepare(hidden, weight, targets, per_position, ref, ref_head, direction, **head)
-    call = replace(call, overwrite=overwrite)
-    logp, *rest = _run(hidden, weight, bias, call)
+    if weight is not None:  # ready logits meet no product, so autocast leaves them as they are
+        hidden, weight, head["bias"] = cast_inputs(hidden, weight, head.get("bias"))  # type: ignore[assignment]
+        ref, ref_head = cast_reference(ref, ref_head)
+    with without_autocast(hidden):
+        names = ("ref_hidden", "ref_weight")
+        call = prepare(hidden, weight, targets, per_position, ref, ref_head, direction, names, **head)
+        call = replace(call, overwrite=overwrite)
+        logp, *rest = _run(hidden, weight, head.get("bias"), call)
     shape = hidden.shape[:-1]
     return TokenStats(logp.reshape(targets.shape), *(None if x is None else x.view(shape) for x in rest))  # type: ignore[arg-type]
 
@@ -140,6 +148,7 @@ def token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, **head: Unpack[
     >>> rk.token_stats(hidden, weight, torch.tensor([0, 3, -100])).entropy
     tensor([1.3863, 1.3863, 0.0000])
     """
+    check.float_tensor("weight", weight, 2)
     return _statistics(hidden, weight, targets, 0, None, None, "reverse", head)
 
 
@@ -153,8 +162,10 @@ def token_stats_from_logits(
         logits: [..., V] in any float dtype; without ``overwrite`` they are left as they are.
         targets: [...] int64 token of each position; ``ignore_index`` where there is none.
         overwrite: let backward write the gradient over the logits, so that no second tensor of their size is needed.
-            They must be contiguous, and nobody may need them afterwards; autograd says so if somebody does.
-        **head: see ``HeadOptions``; temperature, softcap, logit_scale and bias act on the logits as on a head's.
+            They must be contiguous, and nobody may need them afterwards; autograd says so if somebody does. Not
+            together with a ``vocab_size`` that leaves out columns.
+        **head: see ``HeadOptions``; temperature, softcap, logit_scale and bias act on the logits as on a head's, and
+            columns beyond ``vocab_size`` do not exist. Autocast leaves logits as they are.
 
     Returns:
         ``TokenStats`` shaped like ``targets``, with the same numerics as ``token_stats``.
@@ -165,10 +176,27 @@ def token_stats_from_logits(
     >>> rk.token_stats_from_logits(torch.zeros(1, 4), torch.tensor([2])).logp
     tensor([-1.3863])
     """
+    check.float_tensor("logits", logits)
+    check.wants(logits.dim() > 0, "logits", logits, "[..., V]")
+    if head.get("vocab_size") is not None and head.get("tp_group") is None:
+        logits = _cut(logits, overwrite, head)
     if overwrite:
-        check.float_tensor("logits", logits)
         check.wants(logits.is_contiguous(), "logits", logits, "contiguous memory to overwrite")
     return _statistics(logits, None, targets, 0, None, None, "reverse", head, overwrite)
+
+
+def _cut(logits: Tensor, overwrite: bool, head: HeadOptions) -> Tensor:
+    """Without the columns that do not exist, in the bias too."""
+    vocab, width, bias = head.get("vocab_size"), logits.shape[-1], head.get("bias")
+    check.wants(check.is_count(vocab) and vocab <= width, "vocab_size", vocab, f"1 to {width}, the columns of logits")
+    if vocab == width:
+        return logits
+    check.wants(not overwrite, "overwrite", True, "False where vocab_size leaves out columns, which have no gradient")
+    if bias is not None:
+        check.shaped("bias", bias, (width,), logits.device, "one per column of logits")
+        head["bias"] = bias[:vocab]
+    head["vocab_size"] = None
+    return logits[..., :vocab]
 
 
 @compilable_statistics("logp")
@@ -191,6 +219,9 @@ def token_logps(hidden: Tensor, weight: Tensor, token_ids: Tensor, **head: Unpac
     tensor([[-1.3863, -1.3863, -1.3863],
             [-1.3863,  0.0000, -1.3863]])
     """
+    check.float_tensor("weight", weight, 2)
+    check.tensor("token_ids", token_ids, "an integer tensor [..., K]")
+    check.wants(token_ids.dim() > 0, "token_ids", token_ids, "[..., K]")
     return _statistics(hidden, weight, token_ids, 1, None, None, "reverse", head).logp
 
 
@@ -232,6 +263,8 @@ def kl_divergence(
     >>> rk.kl_divergence(x, w, x, w, torch.tensor([1, 2, -100]))
     tensor([0., 0., 0.])
     """
+    for name, x in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("weight", weight)):
+        check.float_tensor(name, x)
     kl = _statistics(hidden, weight, targets, 0, (ref_hidden, ref_weight), ref_head, direction, head).kl
     assert kl is not None
     return kl

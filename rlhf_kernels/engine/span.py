@@ -130,8 +130,8 @@ class Span:
             with _within_budget(call):
                 tile, keeps = call.tile(a, b), i < self.stash
                 stats, residual = call.backend.forward(tile) if keeps else (call.backend.score(tile), None)
-            if call.checks and i == 0 and b > a:
-                check.explain_logits(stats.lse, call.head.weight, call.head.bias)
+            if call.checks and b > a:
+                check.explain_logits(stats.lse, stats.kl, call.head.weight, call.head.bias)
             self.pieces.append((a, b, residual))
             parts.append(stats)
         self.stats = parts[0] if len(parts) == 1 else _joined(parts)

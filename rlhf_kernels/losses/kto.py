@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import cu_seqlens_of, is_number, positive, shaped, show, wants
+from rlhf_kernels.checks import bool_tensor, cu_seqlens_of, finite, float_tensor, is_finite, positive, wants
 from rlhf_kernels.engine import compilable_loss, fused_loss
 from rlhf_kernels.losses.pairs import check_coef, log_ratio_sums, reference_columns
 from rlhf_kernels.losses.reduce import Count, denominator, kept_lengths, kept_targets, metric, total
@@ -58,7 +58,7 @@ def kto_loss(
         undesirable replies) and ``kl``.
 
     Raises:
-        TypeError: ``desirable`` is not a bool tensor.
+        TypeError: an argument is not a tensor.
         ValueError: a wrong shape, dtype or device; ``beta`` not positive; a negative weight.
 
     >>> h, w, y = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
@@ -71,19 +71,21 @@ def kto_loss(
     check_coef("undesirable_weight", undesirable_weight)
     kept, checks = kept_targets(hidden, targets, head.get("ignore_index", -100)), head.get("checks", True)
     cu = cu_seqlens_of("cu_seqlens", cu_seqlens, targets.numel(), targets.device, checks)
-    if not isinstance(desirable, Tensor) or desirable.dtype != torch.bool:
-        raise TypeError(f"desirable: got {show(desirable)}, wants a bool tensor [S]")
-    shaped("desirable", desirable, (cu.numel() - 1,), targets.device, "one per sequence")
+    bool_tensor("desirable", desirable, (cu.numel() - 1,), targets.device, "one per sequence")
     if isinstance(kl, Tensor):
-        wants(kl.dim() == 0 and kl.is_floating_point(), "kl", kl, "a number or a 0-d float tensor")
+        float_tensor("kl", kl)
+        wants(kl.dim() == 0, "kl", kl, "a number or a 0-d float tensor")
         baseline = kl.detach().to(targets.device)
+        if checks:
+            finite(kl=baseline)
     else:
-        wants(is_number(kl), "kl", kl, "a number or a 0-d float tensor")
+        wants(is_finite(kl), "kl", kl, "a finite number or a 0-d float tensor")
         baseline = torch.full((), kl, dtype=torch.float64, device=targets.device)
     baseline = baseline.clamp(min=0)
-    per_token, per_sequence = reference_columns(ref_logp, targets, cu, checks)
+    lengths = kept_lengths(kept, cu)
+    per_token, per_sequence = reference_columns(ref_logp, targets, kept, lengths, cu, checks)
     tokens = len(per_token)
-    over = denominator("num_sequences", num_sequences, (kept_lengths(kept, cu) > 0).sum, targets.device)
+    over = denominator("num_sequences", num_sequences, (lengths > 0).sum, targets.device, checks)
 
     def objective(stats: TokenStats, cu: Tensor | None, *columns: Tensor):
         assert cu is not None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_kernels.checks import cu_seqlens_of, float_tensor, holds, is_number, shaped, wants
+from rlhf_kernels.checks import cu_seqlens_of, finite, float_tensor, holds, is_finite, is_number, shaped, wants
 from rlhf_kernels.engine import fused_loss
 from rlhf_kernels.losses.reduce import Count, denominator, kept_lengths, kept_targets, metric, total
 from rlhf_kernels.segments import segment_sum
@@ -49,25 +49,28 @@ def check_label_smoothing(eps: float) -> None:
 
 
 def check_coef(name: str, x: float) -> None:
-    wants(is_number(x) and 0 <= x < math.inf, name, x, "a finite number, zero or more")
+    wants(is_finite(x) and x >= 0, name, x, "a finite number, zero or more")
 
 
 def reference_columns(
-    ref_logp: Tensor | None, targets: Tensor, cu_seqlens: Tensor, checks: bool
+    ref_logp: Tensor | None, targets: Tensor, kept: Tensor, lengths: Tensor, cu_seqlens: Tensor, checks: bool
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """``ref_logp`` as the engine takes it: (per token, per sequence)."""
+    """``ref_logp`` as the engine takes it: (per token, per sequence). ``lengths`` [S] counts ``kept`` tokens."""
     if ref_logp is None:
         return (), ()
     float_tensor("ref_logp", ref_logp)
     ref_logp = ref_logp.detach()
     if ref_logp.shape == targets.shape:
         wants(ref_logp.device == targets.device, "ref_logp", ref_logp, f"device {targets.device}, where targets is")
+        if checks:
+            finite(kept, ref_logp=ref_logp)
         return (ref_logp,), ()
     shaped("ref_logp", ref_logp, (cu_seqlens.numel() - 1,), targets.device, "summed per sequence, or that of targets")
     if checks:
         increasing = (cu_seqlens.diff() > 0).all()
         holds(increasing, "cu_seqlens: wants to strictly increase where ref_logp is one per sequence")
-    return (), (ref_logp,)
+        finite(lengths > 0, ref_logp=ref_logp)
+    return (), (ref_logp.where(lengths > 0, 0.0),)  # what does not count must not be a NaN times zero
 
 
 def log_ratio_sums(stats: TokenStats, cu_seqlens: Tensor, per_token: Columns, per_sequence: Columns) -> Tensor:
@@ -97,21 +100,24 @@ def preference_loss(
     cu = cu_seqlens_of("cu_seqlens", cu_seqlens, targets.numel(), targets.device, checks)
     sequences = cu.numel() - 1
     wants(sequences % 2 == 0, "cu_seqlens", cu_seqlens, f"pairs (chosen, rejected), not {sequences} sequences")
-    per_token, per_sequence = reference_columns(ref_logp, targets, cu, checks)
+    lengths = kept_lengths(kept, cu)
+    whole = (lengths[0::2] > 0) & (lengths[1::2] > 0)
+    per_token, per_sequence = reference_columns(ref_logp, targets, kept, lengths, cu, checks)
     tokens, references = len(per_token), len(per_sequence)
     if isinstance(margin, Tensor):
         float_tensor("margin", margin)
         shaped("margin", margin, (sequences // 2,), targets.device, "one per pair")
-        per_sequence = (*per_sequence, margin.detach().repeat_interleave(2, output_size=sequences))
+        if checks:
+            finite(whole, margin=margin)
+        each = margin.detach().where(whole, 0.0)
+        per_sequence = (*per_sequence, each.repeat_interleave(2, output_size=sequences))
     elif margin is not None:
-        wants(is_number(margin) and math.isfinite(margin), "margin", margin, "a finite number or one per pair")
+        wants(is_finite(margin), "margin", margin, "a finite number or one per pair")
 
-    lengths = kept_lengths(kept, cu)
-    whole = (lengths[0::2] > 0) & (lengths[1::2] > 0)
-    over = denominator("num_pairs", num_pairs, whole.sum, targets.device)
+    over = denominator("num_pairs", num_pairs, whole.sum, targets.device, checks)
     anchor_over = over
     if anchor is not None and anchor.per_token:
-        anchor_over = denominator("num_tokens", anchor.num_tokens, lengths[0::2].sum, targets.device)
+        anchor_over = denominator("num_tokens", anchor.num_tokens, lengths[0::2].sum, targets.device, checks)
 
     def objective(stats: TokenStats, cu: Tensor | None, *columns: Tensor):
         assert cu is not None

@@ -10,9 +10,9 @@ from typing import Unpack
 
 from torch import Tensor
 
-from rlhf_kernels.checks import cu_seqlens_of, float_tensor, holds, shaped, wants
+from rlhf_kernels.checks import cu_seqlens_of, finite, float_tensor, holds, shaped, wants
 from rlhf_kernels.engine import compilable_loss, fused_loss
-from rlhf_kernels.losses.reduce import Count, kept_targets, token_reduction, total
+from rlhf_kernels.losses.reduce import Count, kept_lengths, kept_targets, token_reduction, total
 from rlhf_kernels.losses.surrogate import Metrics, PolicyTerms
 from rlhf_kernels.segments import spread
 from rlhf_kernels.types import HeadOptions, LossOutput, TokenStats
@@ -109,7 +109,7 @@ def ppo_loss(
     weight_of_token, over = token_reduction(reduction, kept, cu, num_tokens, num_sequences, checks)
 
     given = {
-        "advantages": _each_token("advantages", advantages, targets, cu, checks),
+        "advantages": _each_token("advantages", advantages, kept, cu, checks),
         "old_logp": old_logp,
         "ref_logp": ref_logp,
         "token_weight": token_weight,
@@ -119,6 +119,8 @@ def ppo_loss(
         if given[name] is not None:
             float_tensor(name, given[name])
             shaped(name, given[name], tuple(targets.shape), targets.device, "that of targets")
+    if checks:
+        finite(kept, **{name: given[name] for name in ("old_logp", "ref_logp", "token_weight")})
     names = [name for name, x in given.items() if x is not None]
 
     def objective(stats: TokenStats, cu: Tensor | None, *columns: Tensor) -> tuple[Tensor, Metrics]:
@@ -212,15 +214,18 @@ def _check_reference(terms: PolicyTerms, ref_logp: Tensor | None, ref: tuple[Ten
     wants(not terms.kl_coef or given is not None, name, None, f"a reference for kl_coef={terms.kl_coef}")
 
 
-def _each_token(name: str, x: Tensor, targets: Tensor, cu_seqlens: Tensor | None, checks: bool) -> Tensor:
-    """Shaped like targets; a value per sequence is repeated along it."""
+def _each_token(name: str, x: Tensor, kept: Tensor, cu_seqlens: Tensor | None, checks: bool) -> Tensor:
+    """Shaped like ``kept`` [...]; a value per sequence is repeated along it."""
     float_tensor(name, x)
-    if x.shape == targets.shape:
-        wants(x.device == targets.device, name, x, f"device {targets.device}, where targets is")
+    if x.shape == kept.shape:
+        wants(x.device == kept.device, name, x, f"device {kept.device}, where targets is")
+        if checks:
+            finite(kept, **{name: x})
         return x
-    wants(cu_seqlens is not None, name, x, f"shape {list(targets.shape)}, or [S] together with cu_seqlens")
+    wants(cu_seqlens is not None, name, x, f"shape {list(kept.shape)}, or [S] together with cu_seqlens")
     assert cu_seqlens is not None
-    shaped(name, x, (cu_seqlens.numel() - 1,), targets.device, "one per sequence, or that of targets")
+    shaped(name, x, (cu_seqlens.numel() - 1,), kept.device, "one per sequence, or that of targets")
     if checks:
         holds((cu_seqlens.diff() > 0).all(), f"cu_seqlens: wants to strictly increase where {name} is one per sequence")
-    return spread(x, cu_seqlens, targets.numel()).reshape(targets.shape)
+        finite(kept_lengths(kept, cu_seqlens) > 0, **{name: x})
+    return spread(x, cu_seqlens, kept.numel()).reshape(kept.shape)

@@ -6,7 +6,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from rlhf_kernels.checks import positive, wants
+from rlhf_kernels.checks import one_of, positive
 from rlhf_kernels.engine import compilable_loss
 from rlhf_kernels.losses.pairs import (
     Anchor,
@@ -79,7 +79,7 @@ def dpo_loss(
     tensor(0.6931)
     """
     positive("beta", beta)
-    wants(loss in ("sigmoid", "hinge"), "loss", loss, "'sigmoid' or 'hinge'")
+    one_of("loss", loss, ("sigmoid", "hinge"))
     check_label_smoothing(label_smoothing)
     check_coef("sft_coef", sft_coef)
     return preference_loss(

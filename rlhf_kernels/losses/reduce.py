@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import cu_seqlens_of, float_tensor, is_number, target_arguments, wants
+from rlhf_kernels.checks import cu_seqlens_of, float_tensor, holds, is_finite, one_of, target_arguments, tensor, wants
+from rlhf_kernels.checks import ignore_index as check_ignore_index
 from rlhf_kernels.segments import segment_sum, spread
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")
@@ -22,25 +23,35 @@ Count = int | float | Tensor
 def kept_targets(hidden: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """[...] bool, true where there is something to learn from."""
     float_tensor("hidden", hidden)
+    wants(hidden.dim() > 0, "hidden", hidden, "[..., H]")
+    check_ignore_index(ignore_index)
     target_arguments(hidden, targets, 0)
     return targets != ignore_index
 
 
-def denominator(name: str, given: Count | None, count: Callable[[], Tensor], device: torch.device) -> Tensor:
+def denominator(
+    name: str, given: Count | None, count: Callable[[], Tensor], device: torch.device, checks: bool = True
+) -> Tensor:
     """0-d float64: what the caller gave, else what ``count`` says; infinity stands for zero.
 
     Nothing to divide by means nothing to learn from, and x / inf is a zero with a zero gradient where x / 0 is a NaN.
+    A NaN of a broken all-reduce stays one: as a zero loss it would end the learning unseen.
     """
     if given is None:
         value = count().detach()
     elif isinstance(given, Tensor):
-        wants(given.dim() == 0 and not given.is_complex(), name, given, "a number or a 0-d tensor")
+        tensor(name, given)
+        number = given.dim() == 0 and not given.is_complex() and given.dtype != torch.bool
+        wants(number, name, given, "a number or a 0-d tensor")
         value = given.detach()
     else:
-        wants(is_number(given) and 0 <= given < math.inf, name, given, "a finite number, zero or more")
+        wants(is_finite(given) and given >= 0, name, given, "a finite number, zero or more")
         value = torch.full((), given, dtype=torch.float64, device=device)
     value = value.to(device=device, dtype=torch.float64)
-    return torch.where(value > 0, value, math.inf)
+    if checks and isinstance(given, Tensor):
+        seen = "" if value.is_cuda else f" got {value.item()},"
+        holds(torch.isfinite(value) & (value >= 0), f"{name}:{seen} wants a finite number, zero or more")
+    return value.masked_fill(value == 0, math.inf)
 
 
 def total(x: Tensor, over: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -93,19 +104,19 @@ def token_reduction(
         cu_seqlens: [S+1] boundaries; needed by ``sequence_mean``, and by ``sequence_sum`` without ``num_sequences``.
         num_tokens: global number of tokens; those kept here if None.
         num_sequences: global number of sequences; those here with a kept token if None.
-        checks: look at the boundaries.
+        checks: look at boundaries and denominators.
     """
-    wants(reduction in REDUCTIONS, "reduction", reduction, "one of " + ", ".join(REDUCTIONS))
+    one_of("reduction", reduction, REDUCTIONS)
     device, rows = kept.device, kept.numel()
     if reduction == "token_mean":
-        return TokenReduction(None, denominator("num_tokens", num_tokens, kept.sum, device))
+        return TokenReduction(None, denominator("num_tokens", num_tokens, kept.sum, device, checks))
     if cu_seqlens is None:
         needed = reduction == "sequence_mean" or num_sequences is None
         wants(not needed, "cu_seqlens", None, f"sequence boundaries [S+1] for reduction={reduction!r}")
-        return TokenReduction(None, denominator("num_sequences", num_sequences, kept.sum, device))
+        return TokenReduction(None, denominator("num_sequences", num_sequences, kept.sum, device, checks))
     cu = cu_seqlens_of("cu_seqlens", cu_seqlens, rows, device, checks)
     lengths = kept_lengths(kept, cu)
-    over = denominator("num_sequences", num_sequences, (lengths > 0).sum, device)
+    over = denominator("num_sequences", num_sequences, (lengths > 0).sum, device, checks)
     if reduction == "sequence_sum":
         return TokenReduction(None, over)
     weight = spread(lengths.clamp(min=1).reciprocal(), cu, rows)

@@ -10,12 +10,12 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import float_tensor, is_number, shaped, show, wants
+from rlhf_kernels.checks import FLOATS, bool_tensor, finite, float_tensor, is_count, is_finite, shaped, wants
 from rlhf_kernels.checks import positive as check_positive
 from rlhf_kernels.engine import compilable_loss
 from rlhf_kernels.losses.pairs import check_coef, check_label_smoothing, log_sigmoid_loss
 from rlhf_kernels.losses.reduce import Count, averages, denominator, metric, total
-from rlhf_kernels.segments import Groups, group_layout
+from rlhf_kernels.segments import INTEGERS, Groups, group_layout
 from rlhf_kernels.types import LossOutput
 
 
@@ -29,6 +29,7 @@ def bradley_terry_loss(
     center_coef: float = 0.0,
     label_smoothing: float = 0.0,
     num_groups: Count | None = None,
+    checks: bool = True,
 ) -> LossOutput:
     """Pairwise reward-model loss; with ranks, all pairs of a group.
 
@@ -46,6 +47,7 @@ def bradley_terry_loss(
             (https://arxiv.org/abs/2312.09244, Eq. 2).
         label_smoothing: rate of wrong labels, 0 to 0.5; mixes in the loss of the flipped pair.
         num_groups: global denominator; the groups here that have a pair if None.
+        checks: look into the data: nothing NaN or infinite.
 
     Returns:
         The loss, and averages over pairs, then groups: ``accuracy``, ``margin`` (better less worse),
@@ -60,7 +62,7 @@ def bradley_terry_loss(
     >>> rk.bradley_terry_loss(torch.tensor([500.0, -500.0, 0.0]), ranks=torch.tensor([3, 1, 2]), groups=3).loss
     tensor(666.6667)
     """
-    layout, s = _grouped(scores, groups)
+    layout, s = _grouped(scores, groups, checks)
     check_coef("center_coef", center_coef)
     check_label_smoothing(label_smoothing)
     offset: Tensor | float = 0.0
@@ -68,15 +70,17 @@ def bradley_terry_loss(
         float_tensor("margin", margin)
         wants(ranks is None, "margin", margin, "a number where ranks are given")
         shaped("margin", margin, (scores.numel() // 2,), scores.device, "one per pair")
+        if checks:
+            finite(margin=margin)
         offset = margin.detach().to(s.dtype)[:, None, None]
     elif margin is not None:
-        wants(is_number(margin) and math.isfinite(margin), "margin", margin, "a finite number or one per pair")
+        wants(is_finite(margin), "margin", margin, "a finite number or one per pair")
         offset = margin
     if ranks is None:
         wants(isinstance(groups, int) and groups == 2, "groups", groups, "2 where ranks is None")
         order = torch.arange(2, device=s.device).expand(s.shape)
     else:
-        order = _ranks(ranks, scores, layout)
+        order = _ranks(ranks, scores, layout, checks)
 
     better, worse = s[:, :, None], s[:, None, :]
     pair = (order[:, :, None] < order[:, None, :]) & layout.member[:, :, None] & layout.member[:, None, :]
@@ -96,12 +100,18 @@ def bradley_terry_loss(
         "rewards/chosen": mean_of_pairs(better.expand_as(gain)),
         "rewards/rejected": mean_of_pairs(worse.expand_as(gain)),
     }
-    return _group_mean(mean_of_pairs(loss), alive, num_groups, metrics)
+    return _group_mean(mean_of_pairs(loss), alive, num_groups, metrics, checks)
 
 
 @compilable_loss("accuracy")
 def plackett_luce_loss(
-    scores: Tensor, ranks: Tensor, groups: int | Tensor, *, top: int | None = None, num_groups: Count | None = None
+    scores: Tensor,
+    ranks: Tensor,
+    groups: int | Tensor,
+    *,
+    top: int | None = None,
+    num_groups: Count | None = None,
+    checks: bool = True,
 ) -> LossOutput:
     """Negative log-likelihood of whole rankings, drawn best first without replacement.
 
@@ -115,6 +125,7 @@ def plackett_luce_loss(
         groups: K for consecutive groups of K, or [S] integer ids.
         top: count only replies with fewer than ``top`` better ones, where the tail's order means little. None: all.
         num_groups: global denominator; the groups here with two members or more if None.
+        checks: look into the data: nothing NaN or infinite.
 
     Returns:
         The loss, and ``accuracy``: how often a best-ranked reply has the group's highest score.
@@ -126,10 +137,9 @@ def plackett_luce_loss(
     >>> rk.plackett_luce_loss(torch.zeros(3), torch.tensor([1, 2, 3]), 3).loss  # log 3!
     tensor(1.7918)
     """
-    layout, s = _grouped(scores, groups)
-    order = _ranks(ranks, scores, layout)
-    if top is not None:
-        wants(isinstance(top, int) and not isinstance(top, bool) and top > 0, "top", top, "a positive whole number")
+    layout, s = _grouped(scores, groups, checks)
+    order = _ranks(ranks, scores, layout, checks)
+    wants(top is None or is_count(top), "top", top, "a positive whole number, or None")
     member, itself = layout.member, torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
     rival = member[:, None, :] & (order[:, None, :] >= order[:, :, None])
     better = (member[:, None, :] & (order[:, None, :] < order[:, :, None])).sum(2)
@@ -137,12 +147,19 @@ def plackett_luce_loss(
     lse = s[:, None, :].masked_fill(~(rival | itself), -math.inf).logsumexp(2)
     counts = member if top is None else member & (better < top)
     loss = (lse - s).where(counts, 0.0).sum(1)
-    return _group_mean(loss, member.sum(1) > 1, num_groups, {"accuracy": _top_hit(s, member & (better == 0), member)})
+    hit = _top_hit(s, member & (better == 0), member)
+    return _group_mean(loss, member.sum(1) > 1, num_groups, {"accuracy": hit}, checks)
 
 
 @compilable_loss("accuracy")
 def infonce_loss(
-    scores: Tensor, positive: Tensor, groups: int | Tensor, *, temperature: float = 1.0, num_groups: Count | None = None
+    scores: Tensor,
+    positive: Tensor,
+    groups: int | Tensor,
+    *,
+    temperature: float = 1.0,
+    num_groups: Count | None = None,
+    checks: bool = True,
 ) -> LossOutput:
     """Cross-entropy of the positive reply against its whole group (InfoNCE, https://arxiv.org/abs/1807.03748, Eq. 4).
 
@@ -155,40 +172,44 @@ def infonce_loss(
         groups: K for consecutive groups of K, or [S] integer ids.
         temperature: scores are divided by it, positive.
         num_groups: global denominator; the groups here with a positive and a negative if None.
+        checks: look into the data: nothing NaN or infinite.
 
     Returns:
         The loss, and ``accuracy``: how often a positive has the group's highest score.
 
     Raises:
-        TypeError: ``positive`` is not a bool tensor.
+        TypeError: an argument of a wrong kind.
         ValueError: a wrong shape, dtype or range.
 
     >>> rk.infonce_loss(torch.zeros(4), torch.tensor([True, False, False, False]), 4).loss  # log 4
     tensor(1.3863)
     """
-    layout, s = _grouped(scores, groups)
+    layout, s = _grouped(scores, groups, checks)
     check_positive("temperature", temperature)
-    if not isinstance(positive, Tensor) or positive.dtype != torch.bool:
-        raise TypeError(f"positive: got {show(positive)}, wants a bool tensor [S]")
-    shaped("positive", positive, tuple(scores.shape), scores.device, "that of scores")
+    bool_tensor("positive", positive, tuple(scores.shape), scores.device, "that of scores")
     member = layout.member
     good = layout.gather(positive) & member
     log_p = (s / temperature).masked_fill(~member, -math.inf).log_softmax(1)
     count = good.sum(1)
     loss = -log_p.where(good, 0.0).sum(1) / count.clamp(min=1)
     alive = (count > 0) & (member & ~good).any(1)
-    return _group_mean(loss, alive, num_groups, {"accuracy": _top_hit(s, good, member)})
+    return _group_mean(loss, alive, num_groups, {"accuracy": _top_hit(s, good, member)}, checks)
 
 
-def _grouped(scores: Tensor, groups: int | Tensor) -> tuple[Groups, Tensor]:
+def _grouped(scores: Tensor, groups: int | Tensor, checks: bool) -> tuple[Groups, Tensor]:
     """Layout of the groups, and scores [G, K] in at least float32."""
     float_tensor("scores", scores, 1)
     layout = group_layout(groups, scores)
+    if checks:
+        finite(scores=scores)
     return layout, layout.gather(scores.to(torch.promote_types(scores.dtype, torch.float32)))
 
 
-def _ranks(ranks: Tensor, scores: Tensor, layout: Groups) -> Tensor:
+def _ranks(ranks: Tensor, scores: Tensor, layout: Groups, checks: bool) -> Tensor:
     shaped("ranks", ranks, tuple(scores.shape), scores.device, "that of scores")
+    wants(ranks.dtype in (*FLOATS, *INTEGERS), "ranks", ranks, "whole numbers or floats")
+    if checks:
+        finite(ranks=ranks)
     return layout.gather(ranks.detach())
 
 
@@ -198,7 +219,9 @@ def _top_hit(s: Tensor, good: Tensor, member: Tensor) -> Tensor:
     return ((best == best.amax(1, keepdim=True)) & good).any(1).to(s.dtype)
 
 
-def _group_mean(loss: Tensor, alive: Tensor, num_groups: Count | None, metrics: dict[str, Tensor]) -> LossOutput:
-    over = denominator("num_groups", num_groups, alive.sum, loss.device)
+def _group_mean(
+    loss: Tensor, alive: Tensor, num_groups: Count | None, metrics: dict[str, Tensor], checks: bool
+) -> LossOutput:
+    over = denominator("num_groups", num_groups, alive.sum, loss.device, checks)
     logged = averages({name: metric(x, alive) for name, x in metrics.items()})
     return LossOutput(total(loss.where(alive, 0.0), over), logged)

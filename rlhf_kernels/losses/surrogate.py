@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import is_number, wants
+from rlhf_kernels.checks import is_finite, is_number, one_of, wants
 from rlhf_kernels.estimators import check_loss_term, kl_estimate, safe_exp
 from rlhf_kernels.losses.reduce import metric
 from rlhf_kernels.segments import segment_sum, spread
@@ -73,15 +72,13 @@ class PolicyTerms:
     def __post_init__(self) -> None:
         pair = isinstance(self.clip, (tuple, list)) and len(self.clip) == 2 and all(map(is_number, self.clip))
         wants(pair and min(self.clip) >= 0, "clip", self.clip, "(low, high) around one, not negative")
-        wants(self.clip_rule in ("ppo", "cispo"), "clip_rule", self.clip_rule, "'ppo' or 'cispo'")
-        wants(self.ratio in ("token", "sequence"), "ratio", self.ratio, "'token' or 'sequence'")
+        one_of("clip_rule", self.clip_rule, ("ppo", "cispo"))
+        one_of("ratio", self.ratio, ("token", "sequence"))
         if self.dual_clip is not None:
             wants(is_number(self.dual_clip) and self.dual_clip > 1, "dual_clip", self.dual_clip, "a number above one")
             wants(self.clip_rule == "ppo", "dual_clip", self.dual_clip, f"None with clip_rule={self.clip_rule!r}")
-        finite = is_number(self.entropy_coef) and math.isfinite(self.entropy_coef)
-        wants(finite, "entropy_coef", self.entropy_coef, "a finite number")
-        finite = is_number(self.kl_coef) and 0 <= self.kl_coef < math.inf
-        wants(finite, "kl_coef", self.kl_coef, "a finite number, zero or more")
+        wants(is_finite(self.entropy_coef), "entropy_coef", self.entropy_coef, "a finite number")
+        wants(is_finite(self.kl_coef) and self.kl_coef >= 0, "kl_coef", self.kl_coef, "a finite number, zero or more")
         check_loss_term(self.kl, self.kl_coef)
 
     def per_token(

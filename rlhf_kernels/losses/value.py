@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import float_tensor, is_number, shaped, wants
+from rlhf_kernels.checks import bool_tensor, finite, float_tensor, is_number, shaped, wants
 from rlhf_kernels.engine import compilable_loss
 from rlhf_kernels.losses.reduce import Count, averages, metric, token_reduction, total
 from rlhf_kernels.types import LossOutput
@@ -41,7 +41,7 @@ def value_loss(
         num_tokens: global denominator of ``token_mean``; the unmasked tokens of this call if None.
         num_sequences: global denominator of the other two; the sequences here with an unmasked token if None.
         cu_seqlens: [S+1] boundaries, for the reductions over sequences.
-        checks: look at the boundaries.
+        checks: look into the data: boundaries, denominators, and nothing NaN or infinite where ``mask`` is true.
 
     Returns:
         The loss, and over unmasked tokens: ``values`` and ``returns`` (means), ``explained_var`` (one less the variance
@@ -59,14 +59,15 @@ def value_loss(
     shape, device = tuple(values.shape), values.device
     shaped("returns", returns, shape, device, "that of values")
     kept = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    shaped("mask", kept, shape, device, "that of values")
-    wants(kept.dtype == torch.bool, "mask", mask, "bool")
+    bool_tensor("mask", kept, shape, device, "that of values")
     if old_values is not None:
         float_tensor("old_values", old_values)
         shaped("old_values", old_values, shape, device, "that of values")
     if clip is not None:
         wants(is_number(clip) and clip > 0, "clip", clip, "a positive number, or None")
         wants(old_values is not None, "old_values", None, "the values at sampling time, shaped like values, with clip")
+    if checks:
+        finite(kept, values=values, returns=returns, old_values=old_values)
     weight, over = token_reduction(reduction, kept, cu_seqlens, num_tokens, num_sequences, checks)
 
     dtype = torch.promote_types(values.dtype, torch.float32)

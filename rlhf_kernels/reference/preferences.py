@@ -139,7 +139,7 @@ def orpo_loss(
     odds_ratio = over_pairs(-F.logsigmoid(chosen - rejected), lengths, num_pairs)
     nll = -pairs(policy)[0].sum()
     denominator = num_tokens if num_tokens is not None else float(pairs(lengths)[0].sum())
-    return nll / denominator + beta * odds_ratio if denominator != 0 else odds_ratio
+    return (nll / denominator if denominator != 0 else nll * 0.0) + beta * odds_ratio
 
 
 def simpo_loss(

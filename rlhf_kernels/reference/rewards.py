@@ -22,7 +22,7 @@ def members(groups: int | Tensor, scores: Tensor) -> list[list[int]]:
 def mean_of(terms: list[Tensor], count: float | Tensor | None, scores: Tensor) -> Tensor:
     total = torch.stack(terms).sum() if terms else scores.sum() * 0
     count = len(terms) if count is None else count
-    return total / count if count != 0 else total
+    return total / count if count != 0 else total * 0.0
 
 
 def value_loss(
