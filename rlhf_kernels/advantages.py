@@ -65,6 +65,7 @@ def gae(
     (tensor([0.5000, 0.5000, 1.0000]), tensor([1., 1., 1.]))
     """
     check.no_transforms()
+    check.flags(whiten=whiten, checks=checks)
     check.float_tensor("rewards", rewards, 1)
     check.float_tensor("values", values, 1)
     shape, device = tuple(rewards.shape), rewards.device
@@ -137,9 +138,9 @@ def shaped_rewards(
     (tensor([-0.2500,  1.0000,  0.5000]), tensor([ 0.5000, -1.0000]))
     """
     check.no_transforms()
-    check.float_tensor("scores", scores, 1)
-    check.float_tensor("logp", logp, 1)
-    check.float_tensor("ref_logp", ref_logp, 1)
+    check.flags(checks=checks)
+    for name, x in (("scores", scores), ("logp", logp), ("ref_logp", ref_logp)):
+        check.float_tensor(name, x, 1)
     shape, device = tuple(logp.shape), logp.device
     check.shaped("ref_logp", ref_logp, shape, device, "that of logp")
     cu = check.cu_seqlens_of("cu_seqlens", cu_seqlens, logp.numel(), device, checks)
@@ -212,6 +213,7 @@ def group_advantages(
     >>> rk.group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), 2, scale=None)
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     """
+    check.flags(checks=checks)
     check.float_tensor("scores", scores, 1)
     check.one_of("baseline", baseline, ("mean", "leave_one_out"))
     check.one_of("scale", scale, ("group_std", "batch_std", None))
@@ -264,7 +266,9 @@ def whiten(
     >>> rk.whiten(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
     tensor([-1.,  1.,  0.])
     """
+    check.flags(shift_mean=shift_mean, checks=checks)
     check.float_tensor("x", x)
+    check.process_group("process_group", process_group)
     check.wants(check.is_finite(eps) and eps > 0, "eps", eps, "a positive finite number")
     if mask is not None:
         _check_mask(mask, tuple(x.shape), x.device)

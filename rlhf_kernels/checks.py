@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,6 +49,18 @@ def is_count(x: object) -> TypeGuard[int]:
     return isinstance(x, int) and not isinstance(x, bool) and 0 < x <= LARGEST
 
 
+def flags(**given: object) -> None:
+    for name, x in given.items():
+        wants(isinstance(x, bool), name, x, "True or False")
+
+
+def wanted(options: Mapping[str, Any]) -> bool:
+    """Whether the data is to be looked into."""
+    on = options.get("checks", True)
+    flags(checks=on)
+    return on
+
+
 def positive(name: str, x: object) -> None:
     wants(is_finite(x) and x > 0, name, x, "a positive finite number")  # type: ignore[operator]
 
@@ -84,6 +98,11 @@ def bool_tensor(name: str, x: object, shape: tuple[int, ...], device: torch.devi
     assert isinstance(x, Tensor)
     wants(x.dtype == torch.bool, name, x, "bool")
     shaped(name, x, shape, device, why)
+
+
+def process_group(name: str, x: object) -> None:
+    fits = dist.is_available() and isinstance(x, dist.ProcessGroup)
+    wants(x is None or fits, name, x, "a torch.distributed.ProcessGroup, or None")
 
 
 def transformed() -> bool:
@@ -223,19 +242,3 @@ def finite_rows(hidden: Tensor, kept: Tensor | None, real: Tensor | None = None)
         torch.isfinite(sums).all(),
         "hidden: got NaN or infinity in a row whose target is not ignored, wants finite numbers",
     )
-
-
-def explain_logits(lse: Tensor, kl: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Called on statistics, in which a NaN of the head, of ready logits or of a reference shows."""
-    name = "logits" if weight is None else "weight"
-    facts = [(torch.isfinite(lse).all(), f"{name} or bias: got NaN or infinity, wants finite numbers")]
-    if kl is not None:
-        facts.append((torch.isfinite(kl).all(), "ref: got NaN or infinity in hidden or weight, wants finite numbers"))
-    if not lse.is_cuda and not bool(facts[0][0]):
-        for name, x in (("weight", weight), ("bias", bias)):
-            if x is not None and not bool(torch.isfinite(x).all()):
-                raise ValueError(f"{name}: got NaN or infinity, wants finite numbers")
-        if weight is None:
-            raise ValueError("logits: got NaN or infinity in a row that counts, wants finite numbers (or -inf)")
-        raise ValueError("hidden, weight: the logits overflow; wants logits that float32 can hold")
-    hold(facts)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import tensor, wants
+from rlhf_kernels.checks import is_count, tensor, wants
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -54,7 +54,9 @@ def group_layout(groups: int | Tensor, like: Tensor) -> Groups:
     """
     size = like.numel()
     if isinstance(groups, int) and not isinstance(groups, bool):
-        wants(groups >= 1 and size % groups == 0, "groups", groups, f"a positive divisor of the {size} scores given")
+        wants(
+            is_count(groups) and size % groups == 0, "groups", groups, f"a positive divisor of the {size} scores given"
+        )
         index = torch.arange(size, device=like.device).reshape(-1, groups)
         return Groups(index, torch.ones_like(index, dtype=torch.bool))
     tensor("groups", groups, "an int or an integer tensor [S]")

@@ -220,7 +220,7 @@ def test_tensors_of_other_kinds_are_refused_by_name(case):
 
 
 @pytest.mark.parametrize("case", ["ppo_loss", "dpo_loss", "kto_loss", "sft_loss"])
-@pytest.mark.parametrize("other", [None, "weight", 3, 2**70, [1.0], object()], ids=str)
+@pytest.mark.parametrize("other", [None, "weight", 3, 2**70, [1.0], object()], ids=lambda x: type(x).__name__)
 def test_what_is_no_tensor_is_refused_by_name(case, other):
     fn, arguments, _ = CASES[case]
     for name in ("hidden", "weight", "targets"):

@@ -128,7 +128,7 @@ def _reference(
     check.wants(not unknown, "ref_head", sorted(map(str, unknown)), "bias, softcap and logit_scale only")
     check.one_of("direction", direction, ("reverse", "forward"))
     head = _head(ref_hidden, ref_weight, vocab, ref_head, "ref_head: ")
-    return Reference(ref_hidden.detach().reshape(-1, width), head, direction)
+    return Reference(ref_hidden.detach().reshape(-1, width), head, direction, names)
 
 
 def _kept(targets: Tensor, ignore_index: int, max_targets: int | None) -> tuple[Tensor, Tensor | None, Kept]:
@@ -169,6 +169,7 @@ def _temperature(value: float | Tensor, targets: Tensor, per_position: int, hidd
 def _parallel(backend: Backend, width: int, ref: RefArgument, options: HeadOptions) -> VocabParallel | None:
     """This rank's share in a head that is spread over ranks."""
     group, vocab = options.get("tp_group"), options.get("vocab_size")
+    check.process_group("tp_group", group)
     if group is None:
         return None
     check.wants(vocab is None or check.is_count(vocab), "vocab_size", vocab, "1 or more, or None")
@@ -220,6 +221,7 @@ def prepare(
     """Check every argument of the head, before any work starts."""
     check.report()
     check.no_transforms()
+    with_checks = check.wanted(options)
     unknown = options.keys() - HeadOptions.__annotations__.keys()
     if unknown:
         raise TypeError(
@@ -244,6 +246,8 @@ def prepare(
         check.wants(weight is not None, "weight_grad", weight_grad, "a head to belong to, not ready logits")
         check.shaped("weight_grad", weight_grad, tuple(weight.shape), hidden.device, "as weight")  # type: ignore[union-attr]
         full = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        usable = torch.is_inference_mode_enabled() or not weight_grad.is_inference()
+        check.wants(usable, "weight_grad", weight_grad, "a buffer made outside torch.inference_mode")
         check.wants(weight_grad.dtype == full, "weight_grad", weight_grad, str(full).removeprefix("torch."))
     check.wants(check.is_finite(scale) and scale != 0, "loss_scale", scale, "a finite number other than zero")
     default = MAX_BYTES.get(hidden.device.type, MAX_BYTES_GPU)
@@ -264,7 +268,6 @@ def prepare(
     check.ignore_index(ignore_index)
     clean, partly, kept = _kept(flat, ignore_index, most or None)
     rows_of_hidden = hidden.detach().reshape(-1, hidden.shape[-1])
-    with_checks = options.get("checks", True)
     if with_checks and parallel is not None:
         _agreed(parallel, width, hidden.device, kept.rows, max_bytes, int(clean.sum()) if clean.is_cpu else 0)
     if with_checks and kept.rows:

@@ -85,8 +85,19 @@ def _of_nothing(batch: Batch, real: Tensor, zero: Tensor) -> tuple[Tensor, dict[
     given = [x.new_zeros(1) for x in batch.per_token]
     stats = TokenStats(blank, blank, blank, blank, blank, blank)
     with torch.no_grad():
-        value, metrics = batch.objective(stats, None, *given)
+        value, metrics = _answer(batch.objective(stats, None, *given))
     return zero - count * value, {name: (-count * x, -count * n) for name, (x, n) in metrics.items()}
+
+
+def _answer(found: Any) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """What an objective returned, if it is what one may return."""
+    want = "to return (scalar tensor, {name: (sum, count)}) with tensors in it"
+    pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and isinstance(found[1], dict)
+    check.wants(pair and found[0].dim() == 0, "objective", found, want)
+    for name, metric in found[1].items():
+        fits = isinstance(metric, tuple) and len(metric) == 2 and all(isinstance(x, Tensor) for x in metric)
+        check.wants(fits, f"objective: {name}", metric, want)
+    return found
 
 
 def _objective(
@@ -99,10 +110,7 @@ def _objective(
     tokens = [call.kept.pick(x, span.start, span.stop) for x in batch.per_token]
     leaves = stats.each(lambda x: x.detach().requires_grad_(wants_grad))
     with torch.set_grad_enabled(wants_grad):
-        value, metrics = batch.objective(leaves, cu, *tokens, *(x[first:last] for x in batch.per_sequence))
-    check.wants(
-        isinstance(value, Tensor) and value.dim() == 0, "objective", value, "to return a scalar and its metrics"
-    )
+        value, metrics = _answer(batch.objective(leaves, cu, *tokens, *(x[first:last] for x in batch.per_sequence)))
     named = [leaves.logp, leaves.entropy, leaves.lse, leaves.mean_logit, leaves.kl]
     found: list[Tensor | None] = [None] * 5
     if wants_grad and value.requires_grad:

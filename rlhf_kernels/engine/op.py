@@ -177,6 +177,7 @@ def token_stats_from_logits(
     tensor([-1.3863])
     """
     check.float_tensor("logits", logits)
+    check.flags(overwrite=overwrite)
     check.wants(logits.dim() > 0, "logits", logits, "[..., V]")
     if head.get("vocab_size") is not None and head.get("tp_group") is None:
         logits = _cut(logits, overwrite, head)

@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rlhf_kernels import checks as check
 from rlhf_kernels.engine.call import Call
+from rlhf_kernels.engine.explain import explain
 from rlhf_kernels.types import Entries, Grads, Sinks, SparseBackend, TokenStats
 
 WORTH_A_WAIT = 1e12  # operations of the last two products: more than a millisecond of any GPU
@@ -131,7 +131,7 @@ class Span:
                 tile, keeps = call.tile(a, b), i < self.stash
                 stats, residual = call.backend.forward(tile) if keeps else (call.backend.score(tile), None)
             if call.checks and b > a:
-                check.explain_logits(stats.lse, stats.kl, call.head.weight, call.head.bias)
+                explain(stats, call.head, call.reference, i == 0)
             self.pieces.append((a, b, residual))
             parts.append(stats)
         self.stats = parts[0] if len(parts) == 1 else _joined(parts)

@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import bool_tensor, cu_seqlens_of, finite, float_tensor, is_finite, positive, wants
+from rlhf_kernels.checks import bool_tensor, cu_seqlens_of, finite, float_tensor, is_finite, positive, wanted, wants
 from rlhf_kernels.engine import compilable_loss, fused_loss
 from rlhf_kernels.losses.pairs import check_coef, log_ratio_sums, reference_columns
 from rlhf_kernels.losses.reduce import Count, denominator, kept_lengths, kept_targets, metric, total
@@ -69,7 +69,7 @@ def kto_loss(
     positive("beta", beta)
     check_coef("desirable_weight", desirable_weight)
     check_coef("undesirable_weight", undesirable_weight)
-    kept, checks = kept_targets(hidden, targets, head.get("ignore_index", -100)), head.get("checks", True)
+    kept, checks = kept_targets(hidden, targets, head.get("ignore_index", -100)), wanted(head)
     cu = cu_seqlens_of("cu_seqlens", cu_seqlens, targets.numel(), targets.device, checks)
     bool_tensor("desirable", desirable, (cu.numel() - 1,), targets.device, "one per sequence")
     if isinstance(kl, Tensor):
@@ -82,6 +82,7 @@ def kto_loss(
         wants(is_finite(kl), "kl", kl, "a finite number or a 0-d float tensor")
         baseline = torch.full((), kl, dtype=torch.float64, device=targets.device)
     baseline = baseline.clamp(min=0)
+    float_tensor("ref_logp", ref_logp)
     lengths = kept_lengths(kept, cu)
     per_token, per_sequence = reference_columns(ref_logp, targets, kept, lengths, cu, checks)
     tokens = len(per_token)

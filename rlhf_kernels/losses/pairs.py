@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_kernels.checks import cu_seqlens_of, finite, float_tensor, holds, is_finite, is_number, shaped, wants
+from rlhf_kernels.checks import cu_seqlens_of, finite, float_tensor, holds, is_finite, is_number, shaped, wanted, wants
 from rlhf_kernels.engine import fused_loss
 from rlhf_kernels.losses.reduce import Count, denominator, kept_lengths, kept_targets, metric, total
 from rlhf_kernels.segments import segment_sum
@@ -96,7 +96,7 @@ def preference_loss(
     **head: Unpack[HeadOptions],
 ) -> LossOutput:
     """Mean of ``pair_loss(score(chosen) - score(rejected) - margin)`` over pairs with kept tokens on both sides."""
-    kept, checks = kept_targets(hidden, targets, head.get("ignore_index", -100)), head.get("checks", True)
+    kept, checks = kept_targets(hidden, targets, head.get("ignore_index", -100)), wanted(head)
     cu = cu_seqlens_of("cu_seqlens", cu_seqlens, targets.numel(), targets.device, checks)
     sequences = cu.numel() - 1
     wants(sequences % 2 == 0, "cu_seqlens", cu_seqlens, f"pairs (chosen, rejected), not {sequences} sequences")

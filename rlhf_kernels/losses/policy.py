@@ -10,7 +10,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from rlhf_kernels.checks import cu_seqlens_of, finite, float_tensor, holds, shaped, wants
+from rlhf_kernels.checks import cu_seqlens_of, finite, float_tensor, holds, shaped, wanted, wants
 from rlhf_kernels.engine import compilable_loss, fused_loss
 from rlhf_kernels.losses.reduce import Count, kept_lengths, kept_targets, token_reduction, total
 from rlhf_kernels.losses.surrogate import Metrics, PolicyTerms
@@ -101,7 +101,7 @@ def ppo_loss(
     """
     terms = PolicyTerms(clip, dual_clip, clip_rule, ratio, entropy_coef, kl_coef, kl)
     _check_reference(terms, ref_logp, ref)
-    kept, checks = kept_targets(hidden, targets, head.get("ignore_index", -100)), head.get("checks", True)
+    kept, checks = kept_targets(hidden, targets, head.get("ignore_index", -100)), wanted(head)
     cu = cu_seqlens
     if cu is not None:
         cu = cu_seqlens_of("cu_seqlens", cu, targets.numel(), targets.device, checks)

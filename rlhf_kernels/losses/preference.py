@@ -6,7 +6,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from rlhf_kernels.checks import one_of, positive
+from rlhf_kernels.checks import flags, float_tensor, one_of, positive
 from rlhf_kernels.engine import compilable_loss
 from rlhf_kernels.losses.pairs import (
     Anchor,
@@ -82,6 +82,8 @@ def dpo_loss(
     one_of("loss", loss, ("sigmoid", "hinge"))
     check_label_smoothing(label_smoothing)
     check_coef("sft_coef", sft_coef)
+    float_tensor("ref_logp", ref_logp)
+    flags(length_normalize=length_normalize)
     return preference_loss(
         hidden,
         weight,
@@ -124,6 +126,8 @@ def ipo_loss(
     tensor(1.)
     """
     positive("beta", beta)
+    float_tensor("ref_logp", ref_logp)
+    flags(length_normalize=length_normalize)
     return preference_loss(
         hidden,
         weight,

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import FLOATS, bool_tensor, finite, float_tensor, is_count, is_finite, shaped, wants
+from rlhf_kernels.checks import FLOATS, bool_tensor, finite, flags, float_tensor, is_count, is_finite, shaped, wants
 from rlhf_kernels.checks import positive as check_positive
 from rlhf_kernels.engine import compilable_loss
 from rlhf_kernels.losses.pairs import check_coef, check_label_smoothing, log_sigmoid_loss
@@ -198,6 +198,7 @@ def infonce_loss(
 
 def _grouped(scores: Tensor, groups: int | Tensor, checks: bool) -> tuple[Groups, Tensor]:
     """Layout of the groups, and scores [G, K] in at least float32."""
+    flags(checks=checks)
     float_tensor("scores", scores, 1)
     layout = group_layout(groups, scores)
     if checks:

@@ -6,7 +6,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from rlhf_kernels.checks import finite, float_tensor, is_number, shaped, wants
+from rlhf_kernels.checks import finite, float_tensor, is_number, shaped, wanted, wants
 from rlhf_kernels.engine import compilable_loss, fused_loss
 from rlhf_kernels.losses.pairs import check_coef
 from rlhf_kernels.losses.reduce import Count, kept_targets, metric, token_reduction, total
@@ -64,7 +64,7 @@ def sft_loss(
     smooth = is_number(label_smoothing) and 0 <= label_smoothing <= 1
     wants(smooth, "label_smoothing", label_smoothing, "a number from 0 to 1")
     check_coef("z_loss", z_loss)
-    kept, checks = kept_targets(hidden, targets, head.get("ignore_index", -100)), head.get("checks", True)
+    kept, checks = kept_targets(hidden, targets, head.get("ignore_index", -100)), wanted(head)
     mean, over = token_reduction(reduction, kept, cu_seqlens, num_tokens, num_sequences, checks)
     weights = [] if mean is None else [mean]
     if token_weight is not None:

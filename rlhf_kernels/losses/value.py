@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import bool_tensor, finite, float_tensor, is_number, shaped, wants
+from rlhf_kernels.checks import bool_tensor, finite, flags, float_tensor, is_number, shaped, wants
 from rlhf_kernels.engine import compilable_loss
 from rlhf_kernels.losses.reduce import Count, averages, metric, token_reduction, total
 from rlhf_kernels.types import LossOutput
@@ -54,6 +54,7 @@ def value_loss(
     >>> rk.value_loss(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 3.0])).loss
     tensor(0.2500)
     """
+    flags(checks=checks)
     float_tensor("values", values)
     float_tensor("returns", returns)
     shape, device = tuple(values.shape), values.device
