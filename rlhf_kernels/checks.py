@@ -17,8 +17,10 @@ LARGEST = 2**63 - 1  # of the integers that torch computes with
 
 def show(x: object) -> str:
     """A tensor by shape, dtype and device (and layout, if it is not dense); anything else by its repr, if short."""
+    if isinstance(x, (tuple, list)) and any(isinstance(y, Tensor) for y in x):
+        return f"({', '.join(show(y) for y in x[:4])}{', ...' if len(x) > 4 else ''})"
     if not isinstance(x, Tensor):
-        text = repr(x)
+        text = " ".join(repr(x).split())
         return text if len(text) <= 80 else f"{type(x).__name__} {text[:60]}..."
     dtype, layout = str(x.dtype).removeprefix("torch."), str(x.layout).removeprefix("torch.")
     if x.is_nested:
@@ -74,7 +76,7 @@ def tensor(name: str, x: object, kind: str = "a tensor") -> None:
     """A dense tensor with memory of its own kind: neither sparse, nested, quantised, of a library, nor without data."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, wants {kind}")
-    dense = x.layout == torch.strided and not x.is_nested and x.device.type != "meta"
+    dense = x.layout == torch.strided and not (x.is_nested or x.is_quantized or x.device.type == "meta")
     wants(dense, name, x, f"{kind}, dense and with data")
 
 

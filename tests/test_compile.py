@@ -143,6 +143,30 @@ def test_under_autocast():
     assert_same(step, P.hidden, P.weight)
 
 
+def test_ready_logits_and_statistics_under_autocast():
+    def step(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            stats = rk.token_stats(hidden, weight, P.targets)
+            ready = rk.token_stats_from_logits(weight[: P.targets.numel()], P.targets.clamp(max=3), bias=weight[0])
+        return stats.logp.sum() + ready.entropy.sum(), {"lse": ready.lse.detach()}
+
+    assert_same(step, P.hidden, P.weight)
+
+
+@pytest.mark.parametrize("way", ["loss", "statistics"])
+def test_second_derivatives_are_refused(way):
+    def step(hidden: Tensor) -> Tensor:
+        if way == "loss":
+            return rk.sft_loss(hidden, P.weight, P.targets).loss
+        return rk.token_stats(hidden, P.weight, P.targets).logp.sum()
+
+    torch._dynamo.reset()
+    hidden = P.hidden.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(torch.compile(step, backend="eager")(hidden), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"first derivatives only|no autograd formula"):
+        grad.square().sum().backward()
+
+
 def test_the_compiler_of_users():
     """Inductor, dynamic shapes and numbers that change from step to step: at most one graph for each kind of both."""
     torch._dynamo.reset()

@@ -51,6 +51,8 @@ def _say_whose(stats: TokenStats, head: Head, reference: Reference | None) -> No
     if head.weight is None:
         raise ValueError("logits: got NaN or infinity in a row that counts, wants finite numbers, or -inf")
     if not bool(torch.isfinite(stats.lse).all()):
+        if head.bias is not None and not bool(torch.isfinite(head.bias).all()):  # -inf times a negative logit_scale
+            raise ValueError(f"bias: {WANTS}")
         raise ValueError("hidden, weight: the logits overflow; wants logits that float32 can hold")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_kernels.engine.boundary import FIRST_ONLY
 from rlhf_kernels.engine.span import stats_dtype
 from rlhf_kernels.types import LossOutput, TokenStats
 
@@ -105,6 +106,8 @@ def _for_inputs(grads: list[Tensor | None], ctx: Any) -> tuple[Any, ...]:
 
 def _scaled(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
     found: list[Tensor | None] = [None] * ctx.count
+    if any(g is not None for g in upstream[2:]):
+        raise RuntimeError(FIRST_ONLY)
     if upstream[0] is not None:
         for i, grad in zip(ctx.wanted, ctx.saved_tensors, strict=True):
             found[i] = grad * upstream[0].to(grad.dtype)

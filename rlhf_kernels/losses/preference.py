@@ -6,7 +6,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from rlhf_kernels.checks import flags, float_tensor, one_of, positive
+from rlhf_kernels.checks import flags, float_tensor, one_of, positive, wants
 from rlhf_kernels.engine import compilable_loss
 from rlhf_kernels.losses.pairs import (
     Anchor,
@@ -215,6 +215,7 @@ def simpo_loss(
     tensor(0.6931)
     """
     positive("beta", beta)
+    wants(margin is not None, "margin", None, "a finite number or one per pair")
     check_label_smoothing(label_smoothing)
     check_coef("sft_coef", sft_coef)
     return preference_loss(
