@@ -68,6 +68,29 @@ def test_metrics_are_detached_scalars_and_do_not_depend_on_pieces(backend, name)
 
 
 @EVERY
+def test_two_runs_give_the_same_bits(backend, name):
+    p = make_problem(seed=55, lengths=PAIRS, silent_sequences=2)
+    loss, _, args = every_loss(p)[name]
+    found = []
+    for _ in range(2):
+        x, w = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+        out = loss(x, w, p.targets, *args, backend=backend, max_bytes=small_budget(p))
+        out.loss.backward()
+        found.append([out.loss.detach(), x.grad, w.grad, *out.metrics.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@EVERY
+def test_a_tolerance_is_an_option_and_says_what_was_lost(backend, name):
+    p = make_problem(seed=56, lengths=PAIRS, silent_sequences=2)
+    loss, _, args = every_loss(p)[name]
+    out = loss(p.hidden.requires_grad_(), p.weight, p.targets, *args, tolerance=0.2, backend=backend)
+    assert 0 <= out.metrics["tolerance/lost"] <= 0.2
+    assert 0 <= out.metrics["tolerance/dense"] <= 1
+    assert "tolerance/lost" not in loss(p.hidden, p.weight, p.targets, *args, backend=backend).metrics
+
+
+@EVERY
 def test_micro_batches_with_global_denominators_add_up(name):
     """Two halves of a batch, each given the denominators of the whole, are the whole."""
     p = make_problem(torch.float64, seed=53, lengths=PAIRS, silent_sequences=2)

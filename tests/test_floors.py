@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import rlhf_kernels as rk
+from rlhf_kernels import reference
 
 ROOT = Path(__file__).parent.parent
 FULL = 300
@@ -96,6 +98,12 @@ def test_every_public_function_is_documented_by_example(name):
     assert ">>>" in doc, f"{name} has no doctest"
 
 
+def test_every_public_function_has_an_oracle():
+    """But for a user's own objective, ready logits (a head that is the identity), and what computes nothing."""
+    judged = set(CONTRACT) - {"fused_loss", "token_stats_from_logits", "backends", "warmup"}
+    assert {name for name in judged if not callable(getattr(reference, name, None))} == set()
+
+
 def test_no_file_is_too_long():
     files = [
         f for folder in ("rlhf_kernels", "trainer", "csrc", "tests", "benchmarks") for f in (ROOT / folder).rglob("*")
@@ -135,3 +143,14 @@ def test_importing_is_quick_and_brings_nothing_heavy():
         heavy = {"triton", "transformers", "trainer", "numpy", "flash_attn", "tyro", "rich"} & set(modules)
         assert not heavy
     assert min(seconds) < 0.3
+
+
+def test_no_kernel_has_an_atomic_or_a_lock():
+    """With either, two runs would add in two orders. Comments may say that there is none."""
+    folders = ROOT / "csrc", ROOT / "rlhf_kernels" / "backends", ROOT / "rlhf_kernels" / "engine"
+    files = [f for folder in folders for f in folder.rglob("*") if f.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}]
+    assert len(files) > 40
+    word = re.compile(r"atomic|mutex|lock_guard|unique_lock|omp critical|\bR?Lock\(", re.I)
+    for file in files:
+        comment = r'#.*|"""(?s:.*?)"""' if file.suffix == ".py" else "//.*"
+        assert not word.search(re.sub(comment, "", file.read_text())), file.relative_to(ROOT)

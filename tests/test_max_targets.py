@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import Problem, make_problem, ref_logp, rollout, small_budget
 
 import rlhf_kernels as rk
+from rlhf_kernels.engine.span import Span
 
 BOUNDS = pytest.mark.parametrize("spare", [0, 5, 10**6])
 
@@ -115,3 +118,23 @@ def test_what_a_tolerance_leaves_goes_back_to_its_own_rows(backend, max_bytes):
         for got, want in zip(grads, found[0], strict=True):
             assert (got - want).norm() <= 0.05 * want.norm()
         assert (grads[0][p.targets < 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rows", "options", "looks"),
+    [
+        (False, 1, {}, True),  # on a CPU nobody waits
+        (True, 1, {}, False),
+        (True, 1000, {}, True),  # two products of 1000 rows are 1e12 operations
+        (True, 1000, {"max_targets": 1000}, False),
+        (True, 1, {"tolerance": 0.01}, True),
+        (True, 1, {"tolerance": 0.01, "max_targets": 1000}, True),
+    ],
+)
+def test_rows_without_a_gradient_are_looked_for_where_that_is_worth_a_wait(gpu, rows, options, looks):
+    real = torch.ones(rows, dtype=torch.bool) if "max_targets" in options else None
+    call = SimpleNamespace(
+        tolerance=options.get("tolerance"), overwrite=False, kept=SimpleNamespace(real=real),
+        head=SimpleNamespace(weight=torch.empty(250_000, 1000, device="meta")), hidden=SimpleNamespace(is_cuda=gpu),
+    )  # fmt: skip
+    assert Span._counts(SimpleNamespace(call=call), rows) is looks  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -253,3 +254,21 @@ def test_held_out_text_and_probes_are_watched(tmp_path: Path):
     assert second["eval/sycophancy_known"] == 0
     assert "eval/sycophancy" not in second
     assert 0 <= third["monitor/self_praise"] <= 1
+
+
+def test_watching_changes_no_bit_of_the_policy(tmp_path: Path):
+    """A gold reward, held-out text and probes are looked at in every update, and nothing learns from them."""
+    texts = write(tmp_path / "texts.jsonl", ({"text": " ".join(LETTERS[i : i + 6])} for i in range(5)))
+    asked = {"probe": "sycophancy", "prompt": "a b", "pressed": "a b c", "answer": "c"}
+    probe = write(tmp_path / "probes.jsonl", [{"probe": "self_praise", "pattern": "a"}, asked])
+    watched = {"gold_reward": "tests.trainer_worlds:share_of_a", "tax_data": texts, "probes": probe, "eval_every": 1}
+    weights = []
+    for name, options in {"alone": {}, "watched": watched}.items():
+        cfg = replace(rollouts(tmp_path, lr=0.05, **options), out=tmp_path / name, max_new_tokens=6)
+        ppo.train(cfg, RunLog(cfg.out, quiet=True))
+        seen = lines(cfg.out / "metrics.jsonl")
+        assert [{"monitor/gold", "eval/lm_loss", "eval/sycophancy_known"} <= row.keys() for row in seen] == (
+            [name == "watched"] * 3
+        )
+        weights.append((cfg.out / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]

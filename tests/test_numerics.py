@@ -178,6 +178,25 @@ def test_the_same_bits_twice(backend, dtype, tight):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_csrc_sums_in_one_order_on_any_number_of_threads(threads):
+    """Of ready logits, so that no product of torch's, which may round otherwise, comes in between."""
+    if rk.backends()["native"] != "ok":
+        pytest.skip("the extension was not built")
+    z, targets, found = 5 * torch.randn(301, 5003), torch.arange(301) * 7, []
+    before = torch.get_num_threads()
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            x = z.clone().requires_grad_()
+            stats = rk.token_stats_from_logits(x, targets, backend="native")
+            (stats.logp.sum() + 0.3 * stats.entropy.sum() - 0.1 * stats.lse.sum()).backward()
+            found.append((stats.logp, stats.entropy, stats.lse, stats.mean_logit, x.grad))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_statistics_of_a_row_do_not_depend_on_its_company(backend):
     """A token scored alone, in a batch and in small pieces has the same logp to a few ulps."""
     p = make_problem(seed=65)
