@@ -50,7 +50,8 @@ def _say_whose(stats: TokenStats, head: Head, reference: Reference | None) -> No
             raise ValueError(f"{name}: {WANTS}")
     if head.weight is None:
         raise ValueError("logits: got NaN or infinity in a row that counts, wants finite numbers, or -inf")
-    if not bool(torch.isfinite(stats.lse).all()):
+    seen = [stats.lse] if stats.mean_logit is None else [stats.lse, stats.mean_logit]
+    if not all(bool(torch.isfinite(x).all()) for x in seen):
         if head.bias is not None and not bool(torch.isfinite(head.bias).all()):  # -inf times a negative logit_scale
             raise ValueError(f"bias: {WANTS}")
         raise ValueError("hidden, weight: the logits overflow; wants logits that float32 can hold")
