@@ -102,6 +102,11 @@ def bool_tensor(name: str, x: object, shape: tuple[int, ...], device: torch.devi
     shaped(name, x, shape, device, why)
 
 
+def for_autograd(x: Tensor) -> Tensor:
+    """The same where autograd can save it: rollouts are often made under ``torch.inference_mode``."""
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
+
+
 def process_group(name: str, x: object) -> None:
     fits = dist.is_available() and isinstance(x, dist.ProcessGroup)
     wants(x is None or fits, name, x, "a torch.distributed.ProcessGroup, or None")
@@ -193,7 +198,7 @@ def cu_seqlens_of(name: str, cu_seqlens: object, rows: int, device: torch.device
     integer = cu_seqlens.dtype in (torch.int32, torch.int64)
     wants(integer and cu_seqlens.dim() == 1 and cu_seqlens.numel() > 0, name, cu_seqlens, "int32 or int64 [S+1]")
     wants(cu_seqlens.device == device, name, cu_seqlens, f"device {device}")
-    cu = cu_seqlens.long().contiguous()
+    cu = for_autograd(cu_seqlens.long().contiguous())
     if checks:
         ends = (cu[0] == 0) & (cu[-1] == rows), f"{name}: wants to run from 0 to {rows}, the number of rows given"
         hold([ends, ((cu.diff() >= 0).all(), f"{name}: wants boundaries that never fall")])

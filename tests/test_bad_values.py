@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
-from rlhf_kernels import checks
 
 N, H, V, S = 6, 4, 9, 4
 BAD = pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -242,59 +239,24 @@ def test_what_is_no_finite_number_is_refused_by_name(name, other):
         rk.sft_loss(**head(), **{name: other})
 
 
-def test_what_was_made_for_inference_cannot_be_trained_on():
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_rollout_may_be_made_for_inference(case):
+    """Autograd saves none of it, or a copy."""
+    fn, arguments, _ = CASES[case]
+    leaves = {n: arguments[n].clone().requires_grad_() for n in ("hidden", "weight", "values") if n in arguments}
+    with torch.inference_mode():
+        made = {n: x.clone() if isinstance(x, Tensor) else x for n, x in arguments.items()}
+    found = fn(**made | leaves)
+    if leaves and hasattr(found, "loss"):
+        found.loss.backward()
+    for ours, expected in zip(numbers(found), numbers(fn(**arguments)), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_hidden_states_made_for_inference_cannot_be_trained_on():
     x = head()
     with torch.inference_mode():
         hidden = x["hidden"] * 1
     assert rk.sft_loss(hidden, x["weight"], TARGETS).loss.isfinite()
     with pytest.raises(ValueError, match=r"^hidden: .* outside torch\.inference_mode"):
         rk.sft_loss(hidden, x["weight"].requires_grad_(), TARGETS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ready_logits_obey_vocab_size(backend, dtype):
-    """As a head does: columns beyond it do not exist, and have a gradient of zero, whatever they hold."""
-    g = torch.Generator().manual_seed(8)
-    logits, bias = torch.randn(N, V, generator=g).to(dtype), torch.randn(V, generator=g).to(dtype)
-    for filler in (7.0, math.nan):
-        padded = logits.clone()
-        padded[:, 5:] = filler
-        leaf, short = padded.requires_grad_(), logits[:, :5].clone().requires_grad_()
-        targets = TARGETS.clamp(max=4)
-        ours = rk.token_stats_from_logits(leaf, targets, vocab_size=5, bias=bias, backend=backend)
-        expected = rk.token_stats_from_logits(short, targets, bias=bias[:5], backend=backend)
-        for a, b in zip(ours[:5], expected[:5], strict=True):
-            assert torch.equal(a, b)
-        (ours.logp + ours.entropy).sum().backward()
-        (expected.logp + expected.entropy).sum().backward()
-        assert torch.equal(leaf.grad[:, :5], short.grad)
-        assert not leaf.grad[:, 5:].any()
-    with pytest.raises(ValueError, match=r"^targets: got ids from 1 to 8, wants 0 to 4"):
-        rk.token_stats_from_logits(logits, TARGETS.abs().clamp(max=8), vocab_size=5)
-    with pytest.raises(ValueError, match=r"^overwrite: "):
-        rk.token_stats_from_logits(logits, targets, vocab_size=5, overwrite=True)
-    for wrong in (0, V + 1, 2.0):
-        with pytest.raises(ValueError, match=r"^vocab_size: "):
-            rk.token_stats_from_logits(logits, targets, vocab_size=wrong)
-
-
-def test_late_answers_are_read_once_by_any_thread(monkeypatch):
-    """Answers of a GPU wait in one place, where two threads may look at the same time."""
-    fine, event = torch.ones(1, dtype=torch.bool), type("Event", (), {"query": lambda self: True})()
-    answers = deque(checks.Answer(event, fine, ("",)) for _ in range(4000))
-    monkeypatch.setattr(checks, "_awaited", answers)
-    failed: list[Exception] = []
-
-    def read() -> None:
-        try:
-            checks.report()
-        except Exception as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
-    assert not answers

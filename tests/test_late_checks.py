@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 
 import pytest
@@ -66,3 +67,25 @@ def test_metrics_say_it_too():
     await_answer(False, "targets: an id is outside the vocabulary")
     with pytest.raises(ValueError, match="targets"):
         out.metrics["entropy"]
+
+
+def test_late_answers_are_read_once_by_any_thread(monkeypatch):
+    """Answers of a GPU wait in one place, where two threads may look at the same time."""
+    fine, event = torch.ones(1, dtype=torch.bool), type("Event", (), {"query": lambda self: True})()
+    answers = deque(checks.Answer(event, fine, ("",)) for _ in range(4000))
+    monkeypatch.setattr(checks, "_awaited", answers)
+    failed: list[Exception] = []
+
+    def read() -> None:
+        try:
+            checks.report()
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert not answers

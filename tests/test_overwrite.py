@@ -1,4 +1,4 @@
-"""Ready logits whose gradient takes their place."""
+"""Ready logits: columns that do not exist, and a gradient that takes their place."""
 
 from __future__ import annotations
 
@@ -59,3 +59,30 @@ def test_a_second_backward_is_refused(backend):
 def test_memory_that_is_not_theirs_is_refused():
     with pytest.raises(ValueError, match=r"logits: got .* wants contiguous memory to overwrite"):
         rk.token_stats_from_logits(logits()[:, ::2], torch.zeros(9, dtype=torch.int64), overwrite=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ready_logits_obey_vocab_size(backend, dtype):
+    """As a head does: columns beyond it do not exist, and have a gradient of zero, whatever they hold."""
+    g, some = torch.Generator().manual_seed(8), torch.tensor([1, 2, -100, 3, 8, -100])
+    logits, bias = torch.randn(6, 9, generator=g).to(dtype), torch.randn(9, generator=g).to(dtype)
+    for filler in (7.0, float("nan")):
+        padded = logits.clone()
+        padded[:, 5:] = filler
+        leaf, short = padded.requires_grad_(), logits[:, :5].clone().requires_grad_()
+        targets = some.clamp(max=4)
+        ours = rk.token_stats_from_logits(leaf, targets, vocab_size=5, bias=bias, backend=backend)
+        expected = rk.token_stats_from_logits(short, targets, bias=bias[:5], backend=backend)
+        for a, b in zip(ours[:5], expected[:5], strict=True):
+            assert torch.equal(a, b)
+        (ours.logp + ours.entropy).sum().backward()
+        (expected.logp + expected.entropy).sum().backward()
+        assert torch.equal(leaf.grad[:, :5], short.grad)
+        assert not leaf.grad[:, 5:].any()
+    with pytest.raises(ValueError, match=r"^targets: got ids from 1 to 8, wants 0 to 4"):
+        rk.token_stats_from_logits(logits, some.abs().clamp(max=8), vocab_size=5)
+    with pytest.raises(ValueError, match=r"^overwrite: "):
+        rk.token_stats_from_logits(logits, targets, vocab_size=5, overwrite=True)
+    for wrong in (0, 10, 2.0):
+        with pytest.raises(ValueError, match=r"^vocab_size: "):
+            rk.token_stats_from_logits(logits, targets, vocab_size=wrong)

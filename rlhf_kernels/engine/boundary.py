@@ -28,7 +28,7 @@ def cast_inputs(*tensors: Tensor | None) -> list[Tensor | None]:
     def cast(x: Tensor | None) -> Tensor | None:
         if not isinstance(x, Tensor) or not _active(x.device):
             return x
-        castable = x.is_floating_point() and x.dtype != torch.float64
+        castable = x.is_floating_point() and x.dtype != torch.float64 and x.layout == torch.strided
         return x.to(torch.get_autocast_dtype(x.device.type)) if castable else x
 
     return [cast(x) for x in tensors]

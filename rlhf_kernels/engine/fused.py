@@ -199,7 +199,8 @@ def _batch(
     for kind, group in (("per_token", per_token), ("per_sequence", per_sequence)):
         for i, x in enumerate(group):
             check.wants(not x.requires_grad, f"{kind}[{i}]", x, free)
-    return Batch(objective, tuple(x.reshape(-1) for x in per_token), tuple(per_sequence), cu_kept, unit)
+    each, whole = (tuple(map(check.for_autograd, group)) for group in (per_token, per_sequence))
+    return Batch(objective, tuple(x.reshape(-1) for x in each), whole, cu_kept, unit)
 
 
 @one_break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import bool_tensor, finite, flags, float_tensor, is_number, shaped, wants
+from rlhf_kernels.checks import bool_tensor, finite, flags, float_tensor, for_autograd, is_number, shaped, wants
 from rlhf_kernels.engine import compilable_loss
 from rlhf_kernels.losses.reduce import Count, averages, metric, token_reduction, total
 from rlhf_kernels.types import LossOutput
@@ -61,6 +61,7 @@ def value_loss(
     shaped("returns", returns, shape, device, "that of values")
     kept = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     bool_tensor("mask", kept, shape, device, "that of values")
+    kept = for_autograd(kept)
     if old_values is not None:
         float_tensor("old_values", old_values)
         shaped("old_values", old_values, shape, device, "that of values")
