@@ -180,7 +180,7 @@ def test_a_stage_without_a_summary_still_finishes(toy, tmp_path):
 
 def test_an_interrupted_run_starts_afresh(toy, tmp_path):
     out = tmp_path / "run"
-    out.mkdir()
+    config_file.write_resolved(out, ToyConfig(out=out), [cli.version()], {"stage": "toy"})
     (out / "metrics.jsonl").write_text('{"stage": "toy", "step": 1, "loss": 9}\n')
     assert cli.main(["toy", "--out", str(out)]) == 0
     assert "9" not in (out / "metrics.jsonl").read_text()

@@ -104,7 +104,7 @@ def test_a_value_model_reads_the_ids_of_the_policy(tmp_path: Path) -> None:
     """A reward model with other tokens cannot start it; one that was asked for by name is refused."""
     small_policy().save(tmp_path / "model")
     data = write(tmp_path / "prompts.jsonl", [{"prompt": "a b"}, {"prompt": "c"}])
-    load_scalar(saved_bytes(tmp_path)).save(tmp_path / "reward" / "model")
+    load_scalar(saved_bytes(tmp_path), torch.Generator().manual_seed(0)).save(tmp_path / "reward" / "model")
     cfg = ppo.PPOConfig(
         model=str(tmp_path), data=data, out=tmp_path / "out", reward=str(tmp_path / "reward"), steps=1, batch_size=2,
         max_new_tokens=4, quiet=True,

@@ -93,8 +93,7 @@ def render_for(model: str) -> Render:
     """
     if model == TINY:
         return render_turns
-    from transformers import AutoTokenizer
-
+    from trainer.model_files import tokenizer_of
     from trainer.models import resolve
 
-    return render_of(AutoTokenizer.from_pretrained(resolve(model)))
+    return render_of(tokenizer_of(resolve(model)))

@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from trainer.log import CHECKPOINTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+CHECKPOINTS = "checkpoints"
 POINTER, MANIFEST, STATE = "latest.json", "manifest.json", "state.json"
 ASIDE, GONE, FORMAT = ".saving", ".removed", 1
+NAME = re.compile(r"step-\d{7}(\.\d{5})?")
 SUFFIXES = (".json", ".safetensors")
 DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
@@ -61,7 +63,8 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        run: The run folder; checkpoints lie in ``checkpoints/`` in it.
+        run: The run folder; checkpoints lie in ``checkpoints/`` in it, which may be a link to another disk. What else
+            lies there is nobody's business here.
         keep_last: How many stay.
     """
 
@@ -70,9 +73,7 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Complete folders, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(p.name for p in self.folder.iterdir() if p.is_dir() and p.suffix not in (ASIDE, GONE))
+        return [name for name in self._ours() if not name.endswith((ASIDE, GONE))]
 
     def latest(self, note: Callable[[str], None]) -> Checkpoint | None:
         """The newest good one: that of the pointer, or else the newest whose checksums hold.
@@ -107,7 +108,7 @@ class Checkpoints:
         Raises:
             OSError: The disk is full, or worse. What was there before is still there.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(self.folder)).mkdir(parents=True, exist_ok=True)
         aside, place = self.folder / (name + ASIDE), self.folder / name
         shutil.rmtree(aside, ignore_errors=True)
         try:
@@ -128,8 +129,19 @@ class Checkpoints:
         self._forget(name)
 
     def clear(self) -> None:
-        """Removes them all."""
-        _remove(self.folder)
+        """Removes them all, the newest first, and the folder unless it is a link or holds something else."""
+        for name in (POINTER, POINTER + ASIDE):
+            (self.folder / name).unlink(missing_ok=True)
+        for name in self._ours()[::-1]:
+            _remove(self.folder / name)
+        if not self.folder.is_symlink():
+            with suppress(OSError):
+                self.folder.rmdir()
+
+    def _ours(self) -> list[str]:
+        """Folders that a run has made, leftovers of a crash among them; whatever else lies there is of others."""
+        folders = [p for p in self.folder.iterdir() if p.is_dir()] if self.folder.is_dir() else []
+        return sorted(p.name for p in folders if _is_ours(p))
 
     def _pointed(self) -> str | None:
         try:
@@ -146,11 +158,10 @@ class Checkpoints:
 
     def _forget(self, newest: str) -> None:
         """Keeps ``newest`` and its predecessors; whatever lies beyond it is a future that did not come."""
-        kept = {n for n in self.names() if n <= newest}
-        kept = set(sorted(kept)[-self.keep_last :]) | {POINTER}
-        for path in self.folder.iterdir():
-            if path.name not in kept:
-                _remove(path)
+        kept = [n for n in self.names() if n <= newest][-self.keep_last :]
+        for name in self._ours():
+            if name not in kept:
+                _remove(self.folder / name)
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
@@ -206,11 +217,17 @@ def _write(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
     return {"bytes": total, "sha256": digest.hexdigest()}
 
 
+def _is_ours(path: Path) -> bool:
+    """A folder with a checkpoint's name, or its manifest."""
+    if NAME.fullmatch(path.name.removesuffix(ASIDE).removesuffix(GONE)):
+        return True
+    with suppress(Damaged, OSError):
+        return bool(_listed(path))
+    return False
+
+
 def _remove(path: Path) -> None:
     """Takes the name away first, so that whoever is killed meanwhile leaves nothing that looks like a checkpoint."""
-    if path.is_file():
-        path.unlink()
-        return
     gone = path if path.suffix == GONE else path.with_name(path.name + GONE)
     if path.exists() and path != gone:
         shutil.rmtree(gone, ignore_errors=True)

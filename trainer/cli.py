@@ -100,7 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Raised by our own checks, which explain themselves; an error from deep inside a library needs its traceback."""
+    """Raised by our own checks, which explain themselves; an error from deep inside a library needs its traceback.
+
+    What the system says about a file (no such folder, read-only, no space left) is of the first kind.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return True
     frames = traceback.extract_tb(error.__traceback__)
     roots = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "rlhf_kernels")]
     return bool(frames) and any(frames[-1].filename.startswith(root + os.sep) for root in roots)
@@ -146,7 +151,7 @@ def _run(name: str, argv: list[str]) -> int:
     config = ranks.placed(config)
     out = Path(getattr(config, OUT))
     provenance = _provenance(name, argv, config)
-    log.claim(out, overwrite=common.overwrite)
+    log.claim(out, overwrite=common.overwrite, reads=[config])
     config_file.write_resolved(out, config, provenance, {"stage": name, "threads": used_threads()})
     return _train_alone(name, getattr(module, stage.run), config)
 

@@ -102,7 +102,9 @@ def write_resolved(
     path = Path(out_dir) / RESOLVED
     path.parent.mkdir(parents=True, exist_ok=True)
     body = yaml.safe_dump({**(header or {}), **resolved(config)}, sort_keys=False, allow_unicode=True)
-    path.write_text("".join(f"# {line}\n" for line in comments) + body, encoding="utf-8")
+    draft = path.with_name(path.name + ".saving")  # it marks the folder as ours, so there is all of it or nothing
+    draft.write_text("".join(f"# {line}\n" for line in comments) + body, encoding="utf-8")
+    draft.replace(path)
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ def save_batch(folder: Path, batches: Sequence[Any], about: Mapping[str, Any]) -
     """Saves the micro-batches of a step for inspection.
 
     Args:
-        folder: Gets ``about.json`` and ``batch.safetensors``; what an earlier run left there is removed.
+        folder: Gets ``about.json`` and ``batch.safetensors``, in place of those of an earlier run.
         batches: Dataclasses of tensors, nested as they like; other fields go to ``about.json``.
         about: What else is known; numbers that are not finite become text.
 
@@ -33,8 +32,7 @@ def save_batch(folder: Path, batches: Sequence[Any], about: Mapping[str, Any]) -
     rest: dict[str, Any] = {}
     for i, batch in enumerate(batches):
         _flatten(f"{i}", batch, tensors, rest)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "batch.safetensors", tensors)
     write_json(folder / "about.json", _jsonable({**about, "micro_batches": len(batches), "fields": rest}))
     return folder

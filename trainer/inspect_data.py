@@ -45,6 +45,10 @@ def main(argv: Sequence[str], prog: str = "rlhf-train inspect") -> int:
         ValueError: A file is not data, or no line of it could be read.
     """
     options = _options(argv, prog)
+    if options.json is not None and options.json.exists():
+        for path in filter(None, (options.data, options.held_out)):
+            if path.exists() and path.samefile(options.json):
+                raise ValueError(f"--json: {options.json} is the data itself, want another file")
     facts = inspect(
         options.data, kind=options.kind, held_out=options.held_out, tokenizer=options.tokenizer,
         category=options.category, with_baselines=not options.no_baselines,
@@ -127,12 +131,11 @@ def _file(path: str | Path, contents: Contents) -> dict[str, Any]:
 
 
 def _counter(name: str) -> Callable[[Sequence[str]], list[int]]:
-    from transformers import AutoTokenizer
-
+    from trainer.model_files import tokenizer_of
     from trainer.models import resolve
     from trainer.text import encode
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    tokenizer = tokenizer_of(resolve(name))
     return lambda texts: [len(ids) for ids in encode(tokenizer, texts)]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,79 +13,25 @@ from types import TracebackType
 from typing import Any
 
 from trainer.console import Console
+from trainer.run_folder import (
+    ALARMS,
+    DRAFT,
+    METRICS,
+    REPORT,
+    SAMPLES,
+    SUMMARY,
+    alone,
+    check,
+    claim,
+    has_checkpoints,
+    refuse_others,
+)
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-CHECKPOINTS = "checkpoints"
-METRICS, SAMPLES, SUMMARY, REPORT = "metrics.jsonl", "samples.jsonl", "summary.json", "report.html"
-ALARMS = "alarms.jsonl"
+__all__ = [
+    "ALARMS", "METRICS", "REPORT", "SAMPLES", "SUMMARY", "Bar", "RunLog", "alone", "check", "claim", "has_checkpoints",
+    "records", "refuse_others", "write_whole",
+]  # fmt: skip
 SHOWN_SAMPLES = 4
-
-
-def claim(out_dir: str | Path, *, overwrite: bool = False) -> Path:
-    """Makes a run folder ready for a new run; logs of an earlier run that never finished are cleared away.
-
-    Args:
-        out_dir: The run folder; made if need be.
-        overwrite: Clear the logs of a finished run as well. Models stay until the new run replaces them.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: `overwrite` is false and it holds a finished run, or one that can go on; or a run is under way in
-            it; or it is a file.
-    """
-    folder = Path(out_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out: {folder} is a file, want a folder")
-    if (folder / SUMMARY).exists() and not overwrite:
-        raise ValueError(f"out: {folder} holds a finished run; pass --overwrite to replace it, or another --out")
-    if has_checkpoints(folder) and not overwrite:
-        raise ValueError(
-            f"out: {folder} holds a run that was stopped: `rlhf-train resume {folder}` goes on with it, --overwrite "
-            "starts again"
-        )
-    with alone(folder):
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        for name in (SUMMARY, METRICS, SAMPLES, ALARMS, REPORT):
-            (folder / name).unlink(missing_ok=True)
-    return folder
-
-
-def has_checkpoints(out_dir: str | Path) -> bool:
-    """A run in this folder was stopped, and can go on."""
-    folders = [path.parent for path in (Path(out_dir) / CHECKPOINTS).glob("*/manifest.json")]
-    return any(folder.suffix not in (".saving", ".removed") for folder in folders)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training in the same folder, where the system can.
-
-    Raises:
-        ValueError: One does already.
-    """
-    if fcntl is None:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"out: another process is training in {folder}; wait for it, or take another --out"
-            ) from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class RunLog:
@@ -236,8 +181,8 @@ def _is_beyond(line: bytes, stage_name: str, step: int) -> bool:
 
 def write_whole(path: Path, contents: bytes) -> Path:
     """Writes all of a file or nothing."""
-    draft = path.with_suffix(".tmp")
-    with draft.open("wb") as file:
+    draft = path.with_name(path.name + DRAFT)
+    with _told(path), draft.open("wb") as file:
         file.write(contents)
         file.flush()
         os.fsync(file.fileno())
@@ -258,8 +203,18 @@ def records(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """A full disk names no file; we do."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(error.errno, f"{path.name} could not be written: {why}", str(path)) from error
+
+
 def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with _told(path), path.open("a", encoding="utf-8") as file:
         file.writelines(_line(record) for record in records)
 
 

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils.logging import disable_progress_bar
 
 import rlhf_kernels as rk
 from rlhf_kernels.integrations.transformers import Parts, take_apart
+from trainer import model_files
 from trainer.attention import NAME
 from trainer.packing import Packed, Sample, pack
 
@@ -54,8 +53,8 @@ class Seen(nn.Module):
         return self.model.base_model
 
     def save(self, path: Path | str) -> None:
-        """Writes safetensors, config.json and the tokenizer, or nothing at all."""
-        _save_aside(Path(path), self.model, self.tokenizer)
+        """Writes safetensors, config.json and the tokenizer, or nothing at all; see ``model_files.save``."""
+        model_files.save(Path(path), self.model, self.tokenizer)
 
 
 class Policy(Seen):
@@ -150,22 +149,15 @@ def resolve(path: str) -> str:
 
 
 def load_policy(path: str) -> Policy:
-    """A local directory or hub id. Weights in float32; code from the hub is never run.
+    """A local directory or hub id. Weights in float32; the code of a model is never run.
 
     Raises:
-        ValueError: If the model cannot be taken apart into hidden states and a linear head, the tokenizer has no end
-            of sequence, or packed sequences do not give the logits that they give alone.
+        ValueError: If the model is not whole (``model_files.load``) or cannot be taken apart into hidden states and a
+            linear head, the tokenizer has no end of sequence, or packed sequences do not give the logits that they
+            give alone.
     """
     path = resolve(path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, attn_implementation=NAME, dtype=torch.float32, use_safetensors=True
-        )
-    except KeyError as error:
-        if error.args != (NAME,):
-            raise
-        raise ValueError(f"model: {path} has an attention that cannot be told to keep sequences apart") from None
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    model, tokenizer = model_files.load(AutoModelForCausalLM, path), model_files.tokenizer_of(path)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: the tokenizer of {path} has no end-of-sequence token, which every response needs")
     with _tried(model, path):
@@ -177,19 +169,28 @@ def load_policy(path: str) -> Policy:
 def load_scalar(path: str, generator: torch.Generator | None = None) -> ScalarModel:
     """A saved reward or value model, or a new one on the backbone of a causal language model at ``path``.
 
+    Args:
+        path: A local directory or hub id.
+        generator: Draws the head of a new one; None is for who wants a model that has learnt to judge.
+
     Raises:
-        ValueError: If packed sequences are not kept apart, or what ``load_policy`` raises.
+        ValueError: If it has no head of one number and ``generator`` is None, packed sequences are not kept apart, or
+            what ``load_policy`` raises.
     """
     path = resolve(path)
-    config = AutoConfig.from_pretrained(path)
-    if not any("SequenceClassification" in a for a in config.architectures or []):
+    kinds = model_files.config_of(path).architectures or []
+    if not any("SequenceClassification" in kind for kind in kinds):
+        if generator is None:
+            raise ValueError(
+                f"model: {path} is {kinds[0] if kinds else 'a model of no known kind'} and has no head that scores, "
+                "want a reward model; `rlhf-train reward` makes one of it"
+            )
         return scalar_from(load_policy(path), generator)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        path, attn_implementation=NAME, dtype=torch.float32, use_safetensors=True
-    )
-    scalar = ScalarModel(model, AutoTokenizer.from_pretrained(path))
+    model = model_files.load(AutoModelForSequenceClassification, path)
+    scalar = ScalarModel(model, model_files.tokenizer_of(path))
     with _tried(model, path):
         _check_apart(scalar)
+        scalar.head  # noqa: B018  there is one, and it gives one number
     return scalar
 
 
@@ -198,7 +199,9 @@ def scalar_from(policy: Policy, generator: torch.Generator | None = None) -> Sca
     config = copy.deepcopy(policy.model.config)
     config.num_labels = 1
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=NAME)
+        model = AutoModelForSequenceClassification.from_config(
+            config, trust_remote_code=False, attn_implementation=NAME
+        )
     setattr(model, model.base_model_prefix, copy.deepcopy(policy.backbone))
     scalar = ScalarModel(model, policy.tokenizer)
     for name, module in model.named_modules():
@@ -277,19 +280,3 @@ def _check(policy: Policy) -> None:
 def _near(a: Tensor, b: Tensor) -> bool:
     """Row by row, up to a thousandth of its norm: whether the numbers are large or small does not matter."""
     return bool(((a - b).norm(dim=-1) <= 1e-3 * b.norm(dim=-1)).all())
-
-
-def _save_aside(path: Path, model: Any, tokenizer: Any) -> None:
-    """Writes next to ``path`` and renames, so that a reader finds the old model or the new one and never a half."""
-    aside, old = path.with_name(path.name + ".saving"), path.with_name(path.name + ".old")
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    for file in aside.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if path.exists():
-        path.rename(old)
-    aside.rename(path)
-    shutil.rmtree(old, ignore_errors=True)

@@ -102,8 +102,13 @@ def main(argv: Sequence[str]) -> int:
             print(f"{out} holds a finished run: nothing to do")
             return 0
     else:
-        for folder in (out, *(w.config.out for w in work)):
-            log.claim(folder, overwrite=options.overwrite)
+        log.check(out, overwrite=options.overwrite, reads=[w.config for w in work])
+        for w in work:
+            log.check(w.config.out, overwrite=options.overwrite, reads=[w.config])
+        for folder in (w.config.out for w in work):
+            if folder.exists():  # what has not begun gets no folder before the mark in ours
+                log.claim(folder, overwrite=options.overwrite)
+        log.claim(out, overwrite=options.overwrite)
         comments = [f"{cli.PROG} {PIPELINE} {shlex.join(argv)}", cli.version()]
         _write(out / config_file.RESOLVED, plan | {"threads": used_threads()}, comments)
     try:
@@ -124,6 +129,7 @@ def _go(out: Path, work: Sequence[Work]) -> None:
             console.note(f"{about} is finished")
             continue
         console.note(f"\n{about}" + (f" ({w.stage})" if w.stage != w.name else ""))
+        log.refuse_others(w.config.out)
         resumable = cli.resumable(w.run)
         if not resumable:
             log.claim(w.config.out, overwrite=True)

@@ -19,8 +19,10 @@ from trainer.plots import chart
 from trainer.report_panels import PANELS, Curves, leftovers, panel_lines
 from trainer.report_style import STYLE
 from trainer.report_tables import is_number, tables, words
+from trainer.run_folder import is_ours
 
 MAX_SAMPLES = 8
+HEAD = "<body><main><header><h1>"  # how the body of our page begins
 
 
 def write(out_dir: str | Path) -> Path:
@@ -44,7 +46,7 @@ def write(out_dir: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: The folder holds no run.
+        ValueError: The folder holds no run, or a report.html of others.
     """
     folder = Path(out_dir)
     if not folder.is_dir():
@@ -65,6 +67,8 @@ def write(out_dir: str | Path) -> Path:
         _folded("Configuration", f"<pre>{escape(resolved)}</pre>" if resolved else ""),
     ]
     page = folder / REPORT
+    if page.exists() and not is_ours(folder) and HEAD not in page.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"report: {page} is there already, and is no report of ours: move it away first")
     page.write_text(_page(folder.resolve().name, "".join(parts)), encoding="utf-8")
     return page
 

@@ -17,6 +17,7 @@ from trainer import fingerprint, ranks
 from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.config_file import plain, versions
 from trainer.log import RunLog, alone
+from trainer.run_folder import refuse_models
 from trainer.signals import Interrupted, Terminated, signals
 from trainer.stage import StageConfig, prepare
 from trainer.state import Mark, Progress, Restored
@@ -45,13 +46,16 @@ class Session:
             checkpoints of an earlier run are removed.
 
     Raises:
-        ValueError: On entry, if the checkpoint was made with other options, data or models, which are listed; or if
-            another process is training in the same folder.
+        ValueError: If the run would write over what it reads, or over a model of others. On entry, if the checkpoint
+            was made with other options, data or models, which are listed; or if another process is training in the
+            same folder.
     """
 
     def __init__(self, cfg: StageConfig, log: RunLog | None, name: str, *, resume: bool = False) -> None:
         self.device = prepare(cfg)
         self.cfg, self.name = cfg, name
+        if log is None and not resume:
+            refuse_models(cfg.out)
         self.own, self.log = log is None, log or RunLog(cfg.out, quiet=cfg.quiet)
         self.resume = resume
         self.checkpoints = Checkpoints(cfg.out, cfg.keep_last)
@@ -77,7 +81,7 @@ class Session:
             self._about = {"stage": self.name, "config": plain(self.cfg), "inputs": inputs} | self._machine()
             self._found = self.checkpoints.latest(self.log.warn) if self.resume else None
         if not self.resume:
-            self.checkpoints.clear()
+            self._clear()
         if self._found is not None:
             self._compare(self._found.state)
 
@@ -130,11 +134,15 @@ class Session:
         self._waiting.__exit__(kind, error, tb)
         with self._handling:
             if error is None:
-                self.checkpoints.clear()
+                self._clear()
             elif self._mark is not None and (isinstance(error, Interrupted | Terminated) or signals.escaped is error):
                 what = "stopped" if isinstance(error, Interrupted | Terminated) else "failed"
                 if self._save(self._mark):
                     self.log.warn(f"{self.name}: {what} at step {self._mark.step} of {self.total}; saved")
+
+    def _clear(self) -> None:
+        if ranks.mine() == 0:  # the others read its checkpoints through a link
+            self.checkpoints.clear()
 
     def _begin(self) -> None:
         """Puts the state, and the log, where the checkpoint stood."""

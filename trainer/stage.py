@@ -17,6 +17,7 @@ import rlhf_kernels as rk
 from trainer import ranks
 from trainer.guard import NotFinite, save_batch
 from trainer.models import Policy, ScalarModel, load_policy, load_scalar, scalar_from
+from trainer.run_folder import NOT_FINITE, refuse_inputs
 from trainer.signals import signals
 from trainer.tiny import byte_tokenizer, tiny_policy
 
@@ -171,7 +172,7 @@ class Optimizer:
         self.adam.zero_grad()
         about = {"model": self.name, "step": self.taken, "losses": losses, "grad_norm": norm, "parameters": bad}
         try:
-            where = f"is in {save_batch(self.cfg.out / 'not_finite', batches, about)}"
+            where = f"is in {save_batch(self.cfg.out / NOT_FINITE, batches, about)}"
         except OSError as error:
             where = f"could not be saved ({error})"
         raise NotFinite(
@@ -201,8 +202,13 @@ def check(cfg: StageConfig) -> None:
 
 
 def prepare(cfg: StageConfig) -> torch.device:
-    """Checks the configuration, seeds every generator and picks the device."""
+    """Checks the configuration, seeds every generator and picks the device.
+
+    Raises:
+        ValueError: A number has no meaning, or the run would write over what it reads.
+    """
     check(cfg)
+    refuse_inputs(cfg)
     random.seed(cfg.seed)
     np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)
