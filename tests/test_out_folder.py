@@ -22,6 +22,7 @@ from tests.trainer_worlds import small_policy, write
 from trainer import cli, ranks, report, run_folder
 from trainer.checkpoint import Checkpoints
 from trainer.evaluation import EvalConfig
+from trainer.guard import save_batch
 from trainer.inspect_data import main as inspect
 from trainer.log import RunLog
 from trainer.models import load_policy
@@ -144,6 +145,14 @@ def test_what_others_put_into_ours_survives(here: Path, tmp_path: Path) -> None:
     load_policy(str(tmp_path / "run"))
 
 
+def test_a_bad_batch_is_left_among_their_files(tmp_path: Path) -> None:
+    put(tmp_path / "not_finite", {"notes.txt": "mine", "about.json": "old"})
+    for step in (1, 2):
+        save_batch(tmp_path / "not_finite", [], {"step": step})
+        assert f'"step": {step}' in (tmp_path / "not_finite" / "about.json").read_text()
+    assert (tmp_path / "not_finite" / "notes.txt").read_text() == "mine"
+
+
 def test_a_mark_is_a_whole_one(tmp_path: Path) -> None:
     assert run_folder.is_ours(marked(tmp_path / "ours"))
     whole = (tmp_path / "ours" / "resolved.yaml").read_text()
@@ -247,6 +256,21 @@ def test_overwriting_keeps_the_link(here: Path, tmp_path: Path) -> None:
     assert cli.main([*commands(here)["sft"], "--out", str(out), "--overwrite"]) == 0
     assert (out / "checkpoints").is_symlink()
     assert [p.name for p in (tmp_path / "scratch").iterdir()] == ["checkpoint-500"]
+
+
+def test_a_link_to_a_model_that_is_there_is_refused(here: Path, tmp_path: Path, capfd: Any) -> None:
+    """It may be anybody's; an empty folder behind it is used, and the link stays."""
+    out, elsewhere = marked(tmp_path / "run"), tmp_path / "elsewhere"
+    small_policy().save(elsewhere)
+    (out / "model").symlink_to(elsewhere)
+    before, argv = seen(elsewhere), [*commands(here)["sft"], "--out", str(out), "--overwrite"]
+    assert cli.main(argv) == 2
+    one_line(capfd, "out: ", "is a link to", "which is not empty")
+    assert seen(elsewhere) == before
+    shutil.rmtree(elsewhere)
+    assert cli.main(argv) == 0
+    assert os.readlink(out / "model") == str(elsewhere)
+    load_policy(str(elsewhere))
 
 
 def test_a_disk_that_is_not_there_yet(tmp_path: Path) -> None:
@@ -395,10 +419,10 @@ def test_what_a_killed_rank_left_goes_with_the_next_start(temporary: Path, here:
         put(temporary / name, {"run/metrics.jsonl": "x"})
     shutil.rmtree(temporary / names["linked__"])
     (temporary / names["linked__"]).symlink_to(here)
-    held = ranks._locked(temporary / names["alive___"])
+    held, old = ranks._locked(temporary / names["alive___"]), time.time() - 3600
     for name in os.listdir(temporary):
         if name != names["young___"]:
-            os.utime(temporary / name, (time.time() - 3600,) * 2)
+            os.utime(temporary / name, (old, old))
     assert held is not None
     cfg = config("sft", here, temporary / "run")
     assert ranks.placed(cfg) is cfg

@@ -64,6 +64,9 @@ def check(out_dir: str | Path, *, overwrite: bool = False, reads: Sequence[Any] 
         refuse_others(folder)
     for config in reads:
         refuse_inputs(config, folder)
+    for link in (folder / name for name in MODELS if (folder / name).is_symlink()):
+        if link.is_dir() and any(link.iterdir()):  # whose model that is, nobody can tell
+            raise ValueError(f"out: {link} is a link to {link.resolve()}, which is not empty; empty it, or unlink it")
     if (folder / SUMMARY).exists() and not overwrite:
         raise ValueError(f"out: {folder} holds a finished run; pass --overwrite to replace it, or another --out")
     if has_checkpoints(folder) and not overwrite:
