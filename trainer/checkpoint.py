@@ -129,14 +129,13 @@ class Checkpoints:
         self._forget(name)
 
     def clear(self) -> None:
-        """Removes them all, the newest first, and the folder unless it is a link or holds something else."""
+        """Removes them all, the newest first, and the folder unless it holds something else."""
         for name in (POINTER, POINTER + ASIDE):
             (self.folder / name).unlink(missing_ok=True)
         for name in self._ours()[::-1]:
             _remove(self.folder / name)
-        if not self.folder.is_symlink():
-            with suppress(OSError):
-                self.folder.rmdir()
+        with suppress(OSError):
+            self.folder.rmdir()  # which a link is not, so it stays
 
     def _ours(self) -> list[str]:
         """Folders that a run has made, leftovers of a crash among them; whatever else lies there is of others."""
