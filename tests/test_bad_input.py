@@ -244,6 +244,16 @@ HEADLESS: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize(("name", "wrong"), [
+    ("hidden_size", 0), ("hidden_size", None), ("hidden_size", 2.0), ("vocab_size", -3), ("vocab_size", NAN),
+    ("dtype", None), ("dtype", "float32"), ("dtype", torch.int64),
+    ("device", None), ("device", "x"), ("device", "meta"), ("device", "cuda:99"), ("backend", "tritton"),
+])  # fmt: skip
+def test_warmup(name, wrong):
+    with pytest.raises(ValueError, match=rf"^{name}: got "):
+        rk.warmup(**{"hidden_size": 8, "vocab_size": 16, "dtype": torch.float32, name: wrong})
+
+
 @pytest.mark.parametrize("case", list(HEADLESS))
 def test_without_a_head(case):
     call, name = HEADLESS[case]

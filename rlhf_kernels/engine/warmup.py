@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rlhf_kernels import checks as check
 from rlhf_kernels.backends import resolve
 from rlhf_kernels.engine.fused import fused_loss
 from rlhf_kernels.engine.op import token_stats
@@ -19,6 +20,18 @@ def _alike(vocab_size: int) -> int:
 
 def _log_likelihood(stats: TokenStats, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, dict]:
     return stats.logp.sum(), {}
+
+
+def _found(device: str | torch.device) -> torch.device:
+    """The device, if tensors with data can be made there."""
+    try:
+        found = torch.device(device) if isinstance(device, (str, torch.device)) else None
+        there = found is not None and found.type != "meta" and torch.empty(1, device=found) is not None
+    except Exception:  # whatever a build of torch without that device says
+        found, there = None, False
+    check.wants(there, "device", device, "one that is here, such as 'cpu' or 'cuda:0'")
+    assert found is not None
+    return found
 
 
 def warmup(
@@ -42,13 +55,16 @@ def warmup(
         The name of the backend that ran.
 
     Raises:
-        ValueError: an argument has no head.
+        ValueError: a size, dtype or device that no head here can have.
         RuntimeError: the backend cannot run here.
 
     >>> rk.warmup(8, 100, torch.float32, backend="eager")
     'eager'
     """
-    device = torch.device(device)
+    for name, size in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+        check.wants(check.is_count(size), name, size, "a positive whole number")
+    check.wants(dtype in check.FLOATS, "dtype", dtype, "float32, bfloat16, float16 or float64 of torch")
+    device = _found(device)
     hidden = torch.zeros(ROWS, hidden_size, dtype=dtype, device=device, requires_grad=True)
     weight = torch.zeros(_alike(vocab_size), hidden_size, dtype=dtype, device=device, requires_grad=True)
     targets = torch.zeros(ROWS, dtype=torch.int64, device=device)
