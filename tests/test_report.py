@@ -206,3 +206,93 @@ def test_any_range_can_be_drawn(values):
     assert "nan" not in svg
     low, *_, high = ticks(min(values), max(values))
     assert low <= min(values) <= max(values) <= high
+
+
+BROKEN = [b"\xff\xfe", b"{", b"[1]", b'{"loss": ' + b"9" * 5000 + b"} x", b"[" * 100_000, b'{"loss": "\xe9"}']
+ODD = [
+    "NaN",
+    "-Infinity",
+    "1e999",
+    "9" * 400,
+    "-" + "9" * 5000,
+    "1e-320",
+    "-1e308",
+    "1e308",
+    "true",
+    "null",
+    '"x"',
+    "{}",
+]
+
+
+def test_a_log_that_somebody_changed_is_shown_as_far_as_it_goes(tmp_path):
+    """Lines that are no objects are counted; numbers that none can draw are left out; the rest is there."""
+    good = '{"stage": "sft", "step": %d, "loss": 2.5}\n'
+    odd = "".join(f'{{"stage": "sft", "step": 3, "loss": {x}, "kl": {x}}}\n{{"step": {x}, "loss": 1}}\n' for x in ODD)
+    whole = (good % 1).encode() + b"\n".join(BROKEN) + b"\n" + odd.encode() + (good % 9).encode() + b'{"stage": "s'
+    (tmp_path / "metrics.jsonl").write_bytes(whole)
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    parse(page)
+    assert f"metrics.jsonl: {len(BROKEN)} lines are left out, the first is line 2 (" in page
+    assert "sft, step 1: 2.5<" in page
+    assert "sft, step 9: 2.5<" in page
+    assert "nan" not in page
+    assert "inf" not in page.replace("infer", "")
+    (tmp_path / "metrics.jsonl").write_bytes((good % 1).encode() * 3 + b"half a li")
+    assert "left out" not in report.write(tmp_path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_summary_may_hold_any_number(tmp_path, odd):
+    (tmp_path / "summary.json").write_text(
+        f'{{"a": {odd}, "b": {{"value": {odd}, "low": {odd}, "high": 1}}, "verdicts": {odd}, '
+        f'"c": {{"x": {odd}, "x_low": 0, "x_high": {odd}}}, "d": {{"e": {{"f": {odd}}}}}}}'
+    )
+    parse(report.write(tmp_path).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_summary_that_is_none_costs_one_line(tmp_path, broken):
+    (tmp_path / "summary.json").write_bytes(broken)
+    with pytest.raises(ValueError, match=r"summary\.json is no summary: ") as error:
+        report.write(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_whatever_a_text_holds_the_page_loads_and_runs_nothing(tmp_path):
+    """Texts wherever one can be somebody's: stages, metrics, titles, samples, verdicts, alarms, configuration."""
+    evil = "<script>x</script><img src=x onerror=y>\"'><a href=http://z>&lt;</pre></title><link href=q>"
+    log = RunLog(tmp_path / "run", quiet=True)
+    with log.start(evil, 1) as bar:
+        bar.step({evil: 1.0, "loss": 1.0})
+    log.samples(evil, [{"prompt": evil, evil: evil, f"{evil}_score": 1.0}])
+    log.summary({"verdicts": [{"title": evil, "text": evil, "ok": evil}], evil: evil, "s": {evil: {evil: evil}}})
+    (tmp_path / "run" / "alarms.jsonl").write_text(
+        json.dumps(dict.fromkeys(["stage", "step", "name", "message"], evil))
+    )
+    (tmp_path / "run" / "resolved.yaml").write_text(evil)
+    page = report.write(tmp_path / "run").read_text(encoding="utf-8")
+    plain = parse(report.write(run_without(tmp_path / "plain")).read_text(encoding="utf-8"))
+    found = parse(page)
+    assert found.loads == []
+    assert not {"script", "img", "a", "link"} & {*found.tags}
+    assert {*found.tags} >= {*plain.tags} - {"script"}
+    assert page.count("&lt;script&gt;") > 10
+    assert '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src' in page
+
+
+def run_without(folder):
+    log = RunLog(folder, quiet=True)
+    log.samples("t", [{"prompt": "p", "after": "a"}])
+    return folder
+
+
+def test_the_page_takes_the_place_of_a_link_and_does_not_follow_it(tmp_path):
+    """A run folder of others may hold links to files of ours."""
+    (mine := tmp_path / "mine").write_text("precious")
+    folder = run_without(tmp_path / "theirs")
+    for name in ("report.html", "report.tmp"):
+        (folder / name).symlink_to(mine)
+    report.write(folder)
+    assert mine.read_text() == "precious"
+    assert "<article>" in (folder / "report.html").read_text(encoding="utf-8")

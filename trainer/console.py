@@ -1,7 +1,11 @@
-"""What a run shows: with rich on a terminal one moving bar per stage, otherwise plain lines that suit a log file."""
+"""What a run shows: with rich on a terminal one moving bar per stage, otherwise plain lines that suit a log file.
+
+Texts come from models, data files, servers and file names. Everything that is shown goes through ``visible``.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +14,33 @@ from typing import Any, Protocol
 LINES_PER_STAGE = 5
 SECONDS_BETWEEN_LINES = 20.0
 SHOWN_METRICS = 4
+# Controls but for tab and line feed, C1 among them; separators of lines and paragraphs; what turns the direction of a
+# line around; tags, which nobody sees; and halves of surrogate pairs, which no stream can write.
+UNSEEN = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\U000e0000-\\U000e007f\\ud800-\\udfff]"
+)
 HEADLINES = ("loss", "accuracy", "scores", "kl", "win_rate", "entropy", "length", "grad_norm")
+
+
+def visible(text: str) -> str:
+    r"""A text as a terminal may have it: what would steer the terminal, or hide from it, is written as an escape.
+
+    >>> print(visible("a title: \x1b]0;mine\x07 and \u202egnp.exe"))
+    a title: \x1b]0;mine\x07 and \u202egnp.exe
+    """
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Prints a text, to standard output or standard error; the only way to the screen beside the ``Console``."""
+    stream = sys.stderr if error else sys.stdout
+    print(_writable(visible(text), stream), file=stream, flush=True)
+
+
+def _writable(text: str, stream: Any) -> str:
+    """What the stream's encoding does not know is escaped too: no run ends because of a letter."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Progress(Protocol):
@@ -41,19 +71,18 @@ class Console:
     def note(self, text: str) -> None:
         """Prints one line of text, as it is."""
         if self.rich:
-            self.rich.print(text, markup=False, highlight=False)
+            self.rich.print(_plain(text))
         elif not self.quiet:
-            print(text, flush=True)
+            say(text)
 
     def table(self, title: str, rows: Sequence[tuple[str, ...]]) -> None:
         """Prints rows with aligned columns."""
         if self.rich:
-            from rich.markup import escape
             from rich.table import Table
 
-            table = Table(title=escape(title), title_justify="left", title_style="bold", show_header=False)
+            table = Table(title=_plain(title), title_justify="left", title_style="bold", show_header=False)
             for row in rows:
-                table.add_row(*map(escape, row))
+                table.add_row(*map(_plain, row))
             self.rich.print(table)
         else:
             self.note(plain_table(title, rows))
@@ -101,7 +130,7 @@ class PlainProgress:
         spent = now - self.began
         left = f", {spent / (done - self.behind) * (self.total - done):.0f} s left" if done < self.total else ""
         count = f"{done:>{len(str(self.total))}}/{self.total}"
-        print(f"{self.stage}  {count}  {headline(metrics)}  ({spent:.0f} s{left})", flush=True)
+        say(f"{self.stage}  {count}  {headline(metrics)}  ({spent:.0f} s{left})")
 
     def stop(self) -> None:
         """Nothing to clean up."""
@@ -119,7 +148,7 @@ class RichProgress:
             name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True), latest,
             console=console,
         )  # fmt: skip
-        self.task = self.bar.add_task("", total=total, completed=done, stage=stage, latest="")
+        self.task = self.bar.add_task("", total=total, completed=done, stage=visible(stage), latest="")
 
     def start(self) -> None:
         """Shows the bar."""
@@ -127,7 +156,7 @@ class RichProgress:
 
     def step(self, done: int, metrics: Mapping[str, float]) -> None:
         """Moves the bar."""
-        self.bar.update(self.task, completed=done, latest=headline(metrics))
+        self.bar.update(self.task, completed=done, latest=visible(headline(metrics)))
 
     def stop(self) -> None:
         """Leaves the bar on the screen and gives the terminal back, after an error too."""
@@ -162,17 +191,25 @@ def show(value: Any) -> str:
 
 
 def plain_table(title: str, rows: Sequence[tuple[str, ...]]) -> str:
-    """Aligned columns without any line drawing.
+    """Aligned columns without any line drawing; a cell is one line, whatever it holds.
 
     >>> print(plain_table("sft", [("loss", "1.2"), ("exact match", "0.5 ± 0.1")]))
     sft
       loss         1.2
       exact match  0.5 ± 0.1
     """
+    rows = [tuple(visible(" ".join(cell.split("\n"))) for cell in row) for row in rows]
     columns = max(map(len, rows), default=0)
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(columns)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
     return "\n".join([title, *(f"  {line}" for line in lines)])
+
+
+def _plain(text: str) -> Any:
+    """For rich: neither markup, nor emoji, nor colours of numbers."""
+    from rich.text import Text
+
+    return Text(_writable(visible(text), sys.stdout))
 
 
 def _rich_console() -> Any:

@@ -10,18 +10,28 @@ Two kinds of line are left out:
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.console import say
 from trainer.data_file import rows, sha256
-from trainer.data_format import Record, Render, Unusable, demonstration, labelled, prompt_only, ranked, render_turns
+from trainer.data_format import (
+    Record,
+    Render,
+    Unusable,
+    demonstration,
+    labelled,
+    prompt_only,
+    ranked,
+    render_turns,
+    text_only,
+)
 
 __all__ = ["BAD_LIMIT", "Kind", "Record", "Render", "read", "render_turns", "sha256"]
 
-Kind = Literal["demonstrations", "ranked", "labelled", "prompts"]
+Kind = Literal["demonstrations", "ranked", "labelled", "prompts", "texts"]
 BAD_LIMIT = 0.01
 SHOWN = 5
 PARSERS: dict[str, Callable[[Record, Render], Record]] = {
@@ -29,6 +39,7 @@ PARSERS: dict[str, Callable[[Record, Render], Record]] = {
     "ranked": ranked,
     "labelled": labelled,
     "prompts": prompt_only,
+    "texts": text_only,
 }
 
 
@@ -46,7 +57,7 @@ def read(
         kind: What to make of each line. `demonstrations` gives `{"prompt", "response"}`; `ranked` gives `{"prompt",
             "responses", "ranks"}` with lower ranks better, equal ranks tied, and a preference pair as two responses of
             ranks [0, 1]; `labelled` gives `{"prompt", "responses", "labels"}`, true where desirable; `prompts` gives
-            `{"prompt", "extra"}`, where `extra` holds the other fields.
+            `{"prompt", "extra"}`, where `extra` holds the other fields; `texts` gives `{"text"}`.
         render: Turns the messages of a conversation into a prompt; the default writes `\n\nHuman:` and
             `\n\nAssistant:` turns. Pass the tokenizer's chat template for a model that was trained with one.
         note: Receives one message about bad and one about unusable lines, if there are any; standard error by default.
@@ -63,19 +74,19 @@ def read(
         raise ValueError(f"kind: got {kind!r}, want one of {', '.join(PARSERS)}")
     note = note or _to_stderr
     records: list[Record] = []
-    bad: list[tuple[int, str]] = []
-    unusable: list[tuple[int, str]] = []
+    bad = LeftOut()
+    unusable: dict[str, LeftOut] = defaultdict(LeftOut)  # by reason, of which there are three
     for number, row in rows(path):
         try:
             records.append(_record(row, kind, render))
         except ValueError as error:
-            bad.append((number, str(error)))
+            bad.add(number, str(error))
         except Unusable as reason:
-            unusable.append((number, str(reason)))
-    total = len(records) + len(bad) + len(unusable)
-    if len(bad) > BAD_LIMIT * total:
+            unusable[str(reason)].add(number, str(reason))
+    total = len(records) + bad.count + sum(lines.count for lines in unusable.values())
+    if bad.count > BAD_LIMIT * total:
         raise ValueError(f"{_bad_report(path, bad, total)}\nMore than {BAD_LIMIT:.0%} is too many to train on {kind}.")
-    if bad:
+    if bad.count:
         note(f"{_bad_report(path, bad, total)}\nThey are left out.")
     if unusable:
         note(_unusable_report(path, unusable, total))
@@ -92,24 +103,38 @@ def _record(row: Any, kind: Kind, render: Render) -> Record:
     return PARSERS[kind](row, render)
 
 
-def _bad_report(path: str | Path, bad: list[tuple[int, str]], total: int) -> str:
-    shown = "".join(f"\n  line {number}: {reason}" for number, reason in bad[:SHOWN])
-    more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-    return f"{path}: {len(bad)} of {total} lines {_are(bad)} bad ({len(bad) / total:.2%}):{shown}{more}"
+class LeftOut:
+    """How many lines are left out, and the first of them: a file may hold more bad lines than there is memory."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[tuple[int, str]] = []
+
+    def add(self, number: int, reason: str) -> None:
+        """One more."""
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append((number, reason))
 
 
-def _unusable_report(path: str | Path, unusable: list[tuple[int, str]], total: int) -> str:
-    text = f"{path}: {len(unusable)} of {total} lines {_are(unusable)} well-formed but left out:"
-    for reason, count in Counter(reason for _, reason in unusable).most_common():
-        numbers = [str(number) for number, why in unusable if why == reason]
-        more = ", ..." if count > SHOWN else ""
-        text += f"\n  {count} with {reason}: line{'s' * (count > 1)} {', '.join(numbers[:SHOWN])}{more}"
+def _bad_report(path: str | Path, bad: LeftOut, total: int) -> str:
+    shown = "".join(f"\n  line {number}: {reason}" for number, reason in bad.first)
+    more = f"\n  and {bad.count - SHOWN} more" if bad.count > SHOWN else ""
+    return f"{path}: {bad.count} of {total} lines {_are(bad.count)} bad ({bad.count / total:.2%}):{shown}{more}"
+
+
+def _unusable_report(path: str | Path, unusable: dict[str, LeftOut], total: int) -> str:
+    count = sum(lines.count for lines in unusable.values())
+    text = f"{path}: {count} of {total} lines {_are(count)} well-formed but left out:"
+    for reason, lines in sorted(unusable.items(), key=lambda item: -item[1].count):
+        numbers = ", ".join(str(number) for number, _ in lines.first) + (", ..." if lines.count > SHOWN else "")
+        text += f"\n  {lines.count} with {reason}: line{'s' * (lines.count > 1)} {numbers}"
     return text
 
 
-def _are(lines: list[tuple[int, str]]) -> str:
-    return "is" if len(lines) == 1 else "are"
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
+    say(text, error=True)

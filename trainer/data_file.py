@@ -6,7 +6,9 @@ import codecs
 import difflib
 import gzip
 import hashlib
+import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,6 +17,15 @@ from typing import Any
 
 GZIP, PARQUET, ZIP = b"\x1f\x8b", b"PAR1", b"PK\x03\x04"
 LFS_POINTER = b"version https://git-lfs"
+LONGEST = 1 << 26
+"""Bytes of one line, unpacked: a pair of replies of a million tokens each is a quarter of it."""
+BLANK = 1 << 18
+"""Bytes of blank lines in a row: half a megabyte of gzip may hold a billion of them."""
+HOPELESS = 1_000_000
+"""Lines that are no JSON object; such a file is something else, and its errors alone would fill the memory."""
+PARQUET_ROWS = 1024
+"""Rows of a parquet file in memory together, beside those that were made records."""
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # perhaps half a surrogate pair
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -36,10 +47,14 @@ def sha256(path: str | Path) -> str:
 
 
 def rows(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yields `(line number from 1, parsed line)`; a line that cannot be parsed yields its ValueError instead.
+    """Yields `(line number from 1, object)`; a line that holds no JSON object yields a ValueError that says why.
 
     Reads jsonl, plain or gzipped (told apart by content, not by name), and parquet where pyarrow is installed. Blank
     lines, Windows line ends and a UTF-8 byte-order mark are harmless and skipped.
+
+    Some lines are JSON and yet nothing can be done with them: a name stands twice in an object, a number has more than
+    4300 digits, a text holds half a surrogate pair. NaN and Infinity, which Python writes, are read; who wants a number
+    refuses them.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -55,14 +70,16 @@ def rows(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def _json_rows(path: Path, *, packed: bool) -> Iterator[tuple[int, Any]]:
-    number = 0
-    with gzip.open(path, "rb") if packed else path.open("rb") as file:
+    number = bad = 0
+    with io.BufferedReader(gzip.open(path, "rb")) if packed else path.open("rb") as file:
         try:
             _explain(path, _peek(file), named_gzip=False)
-            for number, line in enumerate(file, start=1):
-                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if text.strip():
-                    yield number, _parse(text)
+            for number, line in _lines(path, file):
+                row = _parse(line.removeprefix(codecs.BOM_UTF8))
+                yield number, row
+                bad += isinstance(row, ValueError)
+                if bad > HOPELESS:
+                    raise ValueError(f"{path} is no data: {HOPELESS} lines hold no JSON object; line {number}: {row}")
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(
                 f"{path} is a damaged gzip file (good up to line {number}: {error}); it was probably cut short while "
@@ -70,20 +87,55 @@ def _json_rows(path: Path, *, packed: bool) -> Iterator[tuple[int, Any]]:
             ) from None
 
 
+def _lines(path: Path, file: Any) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers; never more of one than `LONGEST` in memory."""
+    number = blank = 0
+    while line := file.readline(LONGEST + 1):
+        number += 1
+        if len(line) > LONGEST:
+            raise ValueError(f"{path}: line {number} has more than {LONGEST >> 20} MiB, want one record a line")
+        blank = blank + len(line) if line.isspace() else 0
+        if blank > BLANK:
+            raise ValueError(f"{path}: up to line {number} there is nothing but {BLANK >> 10} KiB of blank lines")
+        if not blank:
+            yield number, line
+
+
 def _peek(file: Any) -> bytes:
-    """The first bytes without consuming them; the gzip and the plain reader both know `peek`."""
+    """The first bytes without consuming them."""
     return file.peek(64)[:64]
 
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+        if HALF.search(line):
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8 (byte {error.start} of the line)")
+    except UnicodeEncodeError as error:
+        return ValueError(f"half a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no character")
     except json.JSONDecodeError as error:
         return ValueError(f"invalid JSON ({error.msg} at column {error.colno})")
+    except _Twice as error:
+        return ValueError(str(error))
+    except ValueError:
+        return ValueError("a number of more than 4300 digits")  # sys.set_int_max_str_digits
     except RecursionError:
         return ValueError("invalid JSON (nested too deeply)")
+    return row if isinstance(row, dict) else ValueError(f"want a JSON object, got {type(row).__name__}")
+
+
+class _Twice(ValueError):
+    """A name stands twice in one object: which of its values is meant?"""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(f"{next(n for n in names if names.count(n) > 1)!r:.60} stands twice")
+    return found
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -94,10 +146,33 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
             f"{path} is a parquet file, and reading those needs pyarrow: pip install pyarrow (or convert it to jsonl)"
         ) from None
     try:
-        table = parquet.read_table(path)
+        with parquet.ParquetFile(path) as file:
+            before = 0
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                yield from enumerate(_batch_rows(path, batch, before), start=before + 1)
+                before += batch.num_rows
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is a damaged parquet file ({error}); fetch it again") from None
-    return iter(enumerate(table.to_pylist(), start=1))
+
+
+def _batch_rows(path: Path, batch: Any, before: int) -> Iterator[Any]:
+    """Rows of a part of a parquet file; one by one where there is something wrong with any of them."""
+    if batch.nbytes <= LONGEST:
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError):
+            rows = None
+        if rows is not None:
+            yield from rows
+            return
+    for i in range(batch.num_rows):
+        one = batch.slice(i, 1)
+        if one.nbytes > LONGEST:
+            raise ValueError(f"{path}: row {before + i + 1} has more than {LONGEST >> 20} MiB")
+        try:
+            yield one.to_pylist()[0]
+        except (ValueError, OverflowError) as error:
+            yield ValueError(f"a value that Python has not ({error})")
 
 
 def _existing(path: Path) -> Path:
@@ -105,6 +180,8 @@ def _existing(path: Path) -> Path:
     if path.is_dir():
         files = sorted(p.name for p in path.iterdir() if ".jsonl" in p.name or p.suffix == ".parquet")
         raise ValueError(f"{path} is a folder: name one file in it" + (f", e.g. {path / files[0]}" if files else ""))
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device, and data is read more than once: write it to a file first")
     if not path.exists():
         near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else f" (looked from {Path.cwd()})"

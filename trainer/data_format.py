@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any
@@ -14,6 +14,8 @@ Render = Callable[[Sequence[Message]], str]
 PROMPT_FIELDS = ("prompt", "question", "instruction")
 RESPONSE_FIELDS = ("response", "completion", "output", "answer")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+MOST = sys.float_info.max
 
 EMPTY = "an empty reply (a model trained on it would learn to say nothing)"
 IDENTICAL = "identical replies, one preferred to the other (there is no preference to learn)"
@@ -153,6 +155,15 @@ def prompt_only(row: Record, render: Render = render_turns) -> Record:
     return {"prompt": prompt, "extra": {k: v for k, v in row.items() if k not in used}}
 
 
+def text_only(row: Record, render: Render = render_turns) -> Record:
+    """`{"text"}`, whole.
+
+    Raises:
+        ValueError: There is no text, or it is none; the message names it.
+    """
+    return {"text": _text(row, _need(row, ("text",), "text"))}
+
+
 def _pair(row: Record, render: Render) -> tuple[str, str, str]:
     """Prompt, chosen, rejected; whole transcripts are parted at the last assistant turn that both open alike."""
     for field in ("chosen", "rejected"):
@@ -244,13 +255,15 @@ def _ranks(row: Record) -> list[float]:
         if not isinstance(value, list) or not all(c in (True, False) for c in value):
             raise ValueError(f"correct must be a list of true and false, got {_kind(value)}")
         return [0 if c else 1 for c in value]
-    if not isinstance(value, list) or not all(_is_rank(r) for r in value):
+    if not isinstance(value, list) or not all(is_rank(r) for r in value):
         raise ValueError(f"ranks must be a list of finite numbers (lower is better), got {_kind(value)}")
     return value
 
 
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_rank(value: Any) -> bool:
+    """Whether it is a finite number; true and false are none."""
+    # An integer may be larger than any float: comparing asks no float of it.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST <= value <= MOST
 
 
 def _first(row: Record, fields: Sequence[str]) -> str | None:

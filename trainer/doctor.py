@@ -12,7 +12,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.console import plain_table
+from trainer.console import plain_table, say
 from trainer.inspect_text import wrapped
 
 GB = 1e9
@@ -80,7 +80,7 @@ def main(argv: Sequence[str], prog: str = "rlhf-train doctor") -> int:
 
     machine = examine(options.out)
     found = advice(machine)
-    print(screen(machine, found))
+    say(screen(machine, found))
     return int(any(a.blocking for a in found))
 
 
@@ -185,7 +185,7 @@ def screen(m: Machine, found: Sequence[Advice]) -> str:
     ]  # fmt: skip
     kernels = [(name, state) for name, state in m.backends.items()]
     tables = [("Software", have + lack), ("Machine", machine), ("Kernels", kernels)]
-    parts = ["\n".join(line[:80] for line in plain_table(*table).splitlines()) for table in tables]
+    parts = ["\n".join(line[:80] for line in plain_table(*table).split("\n")) for table in tables]
     notes = [("MUST: " if a.blocking else "") + a.text for a in found] or ["Nothing to be done."]
     return "\n\n".join([*parts, "What to do\n" + "\n".join(wrapped(note, "  * ") for note in notes)])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import inspect_stats as stats
+from trainer.console import say
 from trainer.data_file import sha256
 from trainer.inspect_read import KINDS, SHOWN, Contents, read
 from trainer.inspect_text import findings, screen
@@ -53,11 +54,11 @@ def main(argv: Sequence[str], prog: str = "rlhf-train inspect") -> int:
         options.data, kind=options.kind, held_out=options.held_out, tokenizer=options.tokenizer,
         category=options.category, with_baselines=not options.no_baselines,
     )  # fmt: skip
-    print(screen(facts))
+    say(screen(facts))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(plain(facts), indent=2, ensure_ascii=False, allow_nan=False)
-        options.json.write_text(text + "\n", encoding="utf-8")
+        options.json.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     return 0
 
 

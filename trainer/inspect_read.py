@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from trainer.agreement import FIRST, SECOND, TIE, Judgment
 from trainer.data_file import rows
-from trainer.data_format import Record, Unusable, demonstration, prompt_only, ranked, ranking
+from trainer.data_format import Record, Unusable, demonstration, is_rank, prompt_only, ranked, ranking
 
 Kind = Literal["ranked", "demonstrations", "labelled", "prompts"]
 KINDS = get_args(Kind)
@@ -154,7 +154,7 @@ def _ranks(row: Row, name: str, choice: Any) -> list[float]:
         sides = SIDES[choice]
         return [float(x) for x in (sides if row.ranks != [1, 0] else sides[::-1])]
     ranks = choice if isinstance(choice, list) else []
-    if len(ranks) == len(row.responses) and all(isinstance(x, int | float) for x in ranks):
+    if len(ranks) == len(row.responses) and all(isinstance(x, bool) or is_rank(x) for x in ranks):
         return [float(x) for x in ranks]
     wanted = "chosen, rejected, tie or " if len(row.responses) == 2 else ""
     raise ValueError(f"{name}: got {choice!r:.60}, want {wanted}a list of {len(row.responses)} ranks")

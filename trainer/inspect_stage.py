@@ -52,7 +52,7 @@ def run(cfg: InspectConfig, log: RunLog | None = None) -> dict[str, Any]:
     )  # fmt: skip
     log.note(screen(facts))
     text = json.dumps(plain(facts), indent=2, ensure_ascii=False, allow_nan=False)
-    (cfg.out / FACTS).write_text(text + "\n", encoding="utf-8")
+    (cfg.out / FACTS).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     shown: dict[str, Any] = {"lines": facts["file"]["lines"], "bad_lines": facts["file"]["bad"]}
     for section in ("comparisons", "baselines"):
         found = facts.get(section, {})

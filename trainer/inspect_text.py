@@ -187,7 +187,7 @@ def _side(longer: Estimate) -> float:
 
 
 def _table(title: str, rows: Sequence[tuple[str, ...]]) -> str:
-    return "\n".join(line[:WIDTH] for line in plain_table(title, rows).splitlines())
+    return "\n".join(line[:WIDTH] for line in plain_table(title, rows).split("\n"))
 
 
 def wrapped(text: str, lead: str) -> str:

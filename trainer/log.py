@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trainer.console import Console
+from trainer.console import Console, say
+from trainer.records import records as records
 from trainer.run_folder import (
     ALARMS,
     DRAFT,
@@ -115,7 +115,7 @@ class RunLog:
 
     def warn(self, text: str) -> None:
         """Says what has to be known, to standard error, in a quiet run too."""
-        print(text, file=sys.stderr, flush=True)
+        say(text, error=True)
 
     def summary(self, summary: Mapping[str, Any]) -> Path:
         """Writes summary.json, all of it or nothing; its presence marks the run as finished.
@@ -127,7 +127,7 @@ class RunLog:
             The path of the file.
         """
         text = json.dumps(_jsonable(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        return write_whole(self.out_dir / SUMMARY, text.encode())
+        return write_whole(self.out_dir / SUMMARY, text.encode(errors="backslashreplace"))
 
 
 class Bar:
@@ -182,25 +182,13 @@ def _is_beyond(line: bytes, stage_name: str, step: int) -> bool:
 def write_whole(path: Path, contents: bytes) -> Path:
     """Writes all of a file or nothing."""
     draft = path.with_name(path.name + DRAFT)
+    draft.unlink(missing_ok=True)  # in somebody's folder it may be a link to elsewhere
     with _told(path), draft.open("wb") as file:
         file.write(contents)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
     return path
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a log; none without the file. A line that a crash cut short is skipped."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
 
 
 @contextmanager
@@ -214,7 +202,8 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    with _told(path), path.open("a", encoding="utf-8") as file:
+    # Half a surrogate pair has no bytes in UTF-8; escaped with a backslash it is what JSON writes for it.
+    with _told(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(_line(record) for record in records)
 
 

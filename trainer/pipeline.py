@@ -166,7 +166,7 @@ def gather(out: Path, work: Sequence[Work]) -> dict[str, Any]:
     for name, records in logs.items():
         if records:
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            log.write_whole(out / name, text.encode())
+            log.write_whole(out / name, text.encode(errors="backslashreplace"))
     return {"verdicts": verdicts, **sections}
 
 

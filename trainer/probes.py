@@ -72,7 +72,8 @@ def says(answer: str, response: str) -> bool:
 def _add(probes: Probes, row: object) -> None:
     if isinstance(row, ValueError):
         raise row
-    if not isinstance(row, dict) or row.get("probe") not in WANTED:
+    # A tuple compares where a dict would hash, which lists and objects have not.
+    if not isinstance(row, dict) or row.get("probe") not in tuple(WANTED):
         raise ValueError(f"want an object with probe: {' or '.join(WANTED)}, got {row!s:.60}")
     texts = [row.get(name) for name in WANTED[row["probe"]]]
     for name, text in zip(WANTED[row["probe"]], texts, strict=True):

@@ -6,16 +6,16 @@ never finished. What is missing is left out.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from trainer.config_file import RESOLVED
-from trainer.log import ALARMS, METRICS, REPORT, SAMPLES, SUMMARY, records
+from trainer.log import ALARMS, METRICS, REPORT, SAMPLES, SUMMARY, write_whole
 from trainer.plots import chart
+from trainer.records import record_of, records
 from trainer.report_panels import PANELS, Curves, leftovers, panel_lines
 from trainer.report_style import STYLE
 from trainer.report_tables import is_number, tables, words
@@ -23,6 +23,8 @@ from trainer.run_folder import is_ours
 
 MAX_SAMPLES = 8
 HEAD = "<body><main><header><h1>"  # how the body of our page begins
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # should a text ever get through, it loads and runs nothing
+LARGEST, MOST_STEPS = 1e100, 1e12  # in drawings: differences of these numbers are finite, steps are told apart
 
 
 def write(out_dir: str | Path) -> Path:
@@ -53,44 +55,55 @@ def write(out_dir: str | Path) -> Path:
         raise FileNotFoundError(f"{folder} does not exist or is not a folder")
     if not any((folder / name).exists() for name in (METRICS, SUMMARY, SAMPLES)):
         raise ValueError(f"{folder} holds no run: there is no {METRICS}, {SUMMARY} or {SAMPLES} in it")
+    lost: list[str] = []
     summary = _summary(folder / SUMMARY)
-    curves = _curves(records(folder / METRICS))
-    resolved = (folder / RESOLVED).read_text(encoding="utf-8") if (folder / RESOLVED).exists() else ""
+    curves = _curves(records(folder / METRICS, lost.append))
+    samples, alarms = (records(folder / name, lost.append) for name in (SAMPLES, ALARMS))
+    resolved = (folder / RESOLVED).read_text(encoding="utf-8", errors="replace") if (folder / RESOLVED).exists() else ""
     stages = list(dict.fromkeys(stage for stage, _ in curves))
     parts = [
-        _header(folder, stages, finished=bool(summary)),
-        _verdicts([*summary.pop("verdicts", []), *map(_alarm, records(folder / ALARMS))]),
+        _header(folder, stages, lost, finished=bool(summary)),
+        _verdicts([*_mappings(summary.pop("verdicts", [])), *map(_alarm, alarms)]),
         _section("Results", tables(summary)),
         _section("Training", _grid(_panels(curves, stages)), "Hover over a curve for its values."),
-        _section("Samples", _samples(records(folder / SAMPLES))),
+        _section("Samples", _samples(samples)),
         _folded("Every other metric", _grid(_rest(curves, stages))),
         _folded("Configuration", f"<pre>{escape(resolved)}</pre>" if resolved else ""),
     ]
     page = folder / REPORT
     if page.exists() and not is_ours(folder) and HEAD not in page.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"report: {page} is there already, and is no report of ours: move it away first")
-    page.write_text(_page(folder.resolve().name, "".join(parts)), encoding="utf-8")
-    return page
+    written = _page(folder.resolve().name, "".join(parts))
+    return write_whole(page, written.encode(errors="backslashreplace"))
 
 
 def _summary(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(summary, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(summary).__name__}")
-    return summary
+    try:
+        return record_of(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no summary: {error}") from None
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    """Those of a list; somebody's summary may hold anything."""
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
 def _curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
-    """Metrics as `{(stage, metric): [(step, value), ...]}`, without what is not a finite number."""
+    """Metrics as `{(stage, metric): [(step, value), ...]}`, without what is no number, or too large for a drawing."""
     curves: Curves = defaultdict(list)
     for record in lines:
         stage, step = str(record.get("stage", "run")), record.get("step")
         for name, value in record.items():
-            if name not in ("stage", "step") and is_number(step) and is_number(value):
+            if name not in ("stage", "step") and _drawn(step, MOST_STEPS) and _drawn(value, LARGEST):
                 curves[stage, name].append((step, value))
     return dict(curves)
+
+
+def _drawn(value: Any, largest: float) -> TypeGuard[float]:
+    return is_number(value) and abs(value) <= largest
 
 
 def _panels(curves: Curves, stages: Sequence[str]) -> Iterable[str]:
@@ -103,9 +116,10 @@ def _rest(curves: Curves, stages: Sequence[str]) -> Iterable[str]:
     return (chart(name, [line]) for name, line in leftovers(curves, stages))
 
 
-def _header(folder: Path, stages: Sequence[str], *, finished: bool) -> str:
+def _header(folder: Path, stages: Sequence[str], lost: Sequence[str], *, finished: bool) -> str:
     path = " → ".join(f'<span class="c{i % 6}">{escape(stage)}</span>' for i, stage in enumerate(stages))
     state = "" if finished else "<p class=state>This run has no summary yet: it is under way or was interrupted.</p>"
+    state += "".join(f"<p class=state>{escape(line)}</p>" for line in lost)
     return f"<header><h1>{escape(folder.resolve().name)}</h1><p class=legend>{path}</p>{state}</header>"
 
 
@@ -173,6 +187,7 @@ def _folded(title: str, body: str) -> str:
 def _page(title: str, body: str) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style><body><main>{body}</main></body></html>\n"
     )

@@ -29,16 +29,16 @@ def held_out_texts(path: Path, tokenizer: Any, max_length: int) -> list[Sample]:
     """Texts for ``losses``: lines with a ``text`` count whole, demonstrations count their response.
 
     Args:
-        path: jsonl, jsonl.gz or parquet; its first line decides which of the two it is.
+        path: jsonl, jsonl.gz or parquet; its first object decides which of the two it is.
         tokenizer: Of the policy.
         max_length: Tokens per text; longer ones lose their end.
 
     Raises:
         ValueError: It holds neither, or too many bad lines.
     """
-    first = next((row for _, row in rows(path)), None)
-    if isinstance(first, dict) and isinstance(first.get("text"), str):
-        texts = [row["text"] for _, row in rows(path) if isinstance(row, dict) and isinstance(row.get("text"), str)]
+    first = next((row for _, row in rows(path) if isinstance(row, dict)), {})
+    if isinstance(first.get("text"), str):
+        texts = [record["text"] for record in data.read(path, "texts")]
         cut = [ids[:max_length] for ids in encode(tokenizer, texts)]
         return [Sample(ids, 1) for ids in cut if len(ids) > 1]
     records = data.read(path, "demonstrations", render=render_of(tokenizer))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.kl import KLController
-from trainer.log import ALARMS, RunLog
+from trainer.log import ALARMS, RunLog, records
 from trainer.models import Policy
 from trainer.monitor import Alarm, Monitor, Samples
 from trainer.monitor_rules import thresholds_from
@@ -102,12 +102,10 @@ class Watch:
 
 def raised(out_dir: Path) -> list[dict[str, Any]]:
     """The lines of alarms.jsonl: a stage, and the fields of an ``Alarm``; none without the file."""
-    path = out_dir / ALARMS
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines()]
+    return records(out_dir / ALARMS)
 
 
 def write(out_dir: Path, stage: str, alarm: Alarm) -> None:
     """Adds a line to alarms.jsonl."""
-    with (out_dir / ALARMS).open("a", encoding="utf-8") as file:
+    with (out_dir / ALARMS).open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json.dumps({"stage": stage, **asdict(alarm)}, ensure_ascii=False) + "\n")
