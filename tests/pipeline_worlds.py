@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 SHORT = {"batch_size": 4, "max_tokens": 40, "warmup_steps": 2, "save_every": 1, "quiet": True}
+ALLOWED = ("--allow-code", "tests.fault_worlds")  # whose functions stand in the recipe
 RL = {"data": "${world}/prompts.jsonl", "reward": "tests.fault_worlds:early_letters", "max_new_tokens": 4, "steps": 1}
 STAGES: dict[str, dict[str, Any]] = {
     "facts": {"stage": "inspect", "data": "${world}/ranked.jsonl", "quiet": True},

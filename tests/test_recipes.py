@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("yaml")
 pytest.importorskip("tyro")
 from tests.fault_worlds import world
-from tests.pipeline_worlds import STAGES, Cut, environment, written  # noqa: F401 (a fixture)
+from tests.pipeline_worlds import ALLOWED, STAGES, Cut, environment, written  # noqa: F401 (a fixture)
 from tests.trainer_worlds import lines, write
 from trainer import cli, recipe, split
 
@@ -63,7 +63,7 @@ def test_bad_recipes_cost_one_line_and_no_work(
 ) -> None:
     (tmp_path / "world").symlink_to(place / "world")
     path = written(tmp_path, STAGES | {name: STAGES.get(name, {}) | changes})
-    assert cli.main(["pipeline", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert cli.main(["pipeline", str(path), "--out", str(tmp_path / "run"), *ALLOWED]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -109,7 +109,7 @@ def test_mistakes_on_the_command_line(place: Path, tmp_path: Path, capsys: pytes
     with pytest.raises(SystemExit):  # what an option may hold is tyro's to say; which stage it was, ours
         cli.main(["pipeline", str(written(tmp_path, {"sft": {"data": "x", "steps": "many"}})), *out])
     assert "this is about the stage sft of" in capsys.readouterr().err
-    assert cli.main(["pipeline", path, "--check", *out]) == 0
+    assert cli.main(["pipeline", path, "--check", *out, *ALLOWED]) == 0
     assert "nothing wrong with facts, split, sft" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 

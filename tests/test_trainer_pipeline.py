@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("yaml")
 pytest.importorskip("tyro")
 from tests.fault_worlds import finished, world
-from tests.pipeline_worlds import STAGES, Cut, environment, written  # noqa: F401 (a fixture)
+from tests.pipeline_worlds import ALLOWED, STAGES, Cut, environment, written  # noqa: F401 (a fixture)
 from tests.trainer_worlds import lines, write
 from trainer import cli, evaluation, log, split
 from trainer.data_file import rows
@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pipeline")
     world(path / "world")
     written(path, STAGES)
-    assert cli.main(["pipeline", str(path / "recipe.yaml"), "--out", str(path / "whole")]) == 0
+    assert cli.main(["pipeline", str(path / "recipe.yaml"), "--out", str(path / "whole"), *ALLOWED]) == 0
     return path
 
 
@@ -83,7 +83,7 @@ def test_one_report_and_one_summary_for_all_stages(place: Path, capsys: pytest.C
     assert not list(out.rglob("checkpoints"))
     assert (out / "ppo" / "value" / "model.safetensors").exists()
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    for argv in (["pipeline", str(place / "recipe.yaml"), "--out", str(out)], ["resume", str(out)]):
+    for argv in (["pipeline", str(place / "recipe.yaml"), "--out", str(out), *ALLOWED], ["resume", str(out), *ALLOWED]):
         assert cli.main(argv) == 0
         assert "holds a finished run" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
@@ -94,7 +94,7 @@ def test_one_report_and_one_summary_for_all_stages(place: Path, capsys: pytest.C
 def test_a_cut_within_a_stage_changes_no_bit(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int, again: str
 ) -> None:
-    argv = ["pipeline", str(place / "recipe.yaml"), "--out", str(tmp_path / "run")]
+    argv = ["pipeline", str(place / "recipe.yaml"), "--out", str(tmp_path / "run"), *ALLOWED]
     with monkeypatch.context() as patch:
         cut_at(patch, point)
         with pytest.raises(Cut):
@@ -106,7 +106,7 @@ def test_a_cut_within_a_stage_changes_no_bit(
     touched = {p: p.stat().st_mtime_ns for name in done for p in (tmp_path / "run" / name).rglob("*")}
     if again == "resume":
         shutil.move(tmp_path / "run", tmp_path / "moved")
-        assert cli.main(["resume", str(tmp_path / "moved")]) == 0
+        assert cli.main(["resume", str(tmp_path / "moved"), *ALLOWED]) == 0
     else:
         assert cli.main(argv) == 0
         assert {p: p.stat().st_mtime_ns for name in done for p in (tmp_path / "run" / name).rglob("*")} == touched
@@ -118,7 +118,7 @@ def test_a_cut_within_a_stage_changes_no_bit(
 def test_a_cut_between_stages_changes_no_bit(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the summary of one and before anything of the next; and within one that has no checkpoints."""
     out = tmp_path / "run"
-    argv = ["pipeline", str(place / "recipe.yaml"), "--out", str(out)]
+    argv = ["pipeline", str(place / "recipe.yaml"), "--out", str(out), *ALLOWED]
 
     def fails(*_: Any, **__: Any) -> None:
         raise Cut
@@ -148,7 +148,7 @@ def test_another_recipe_or_other_data_do_not_go_on(
 ) -> None:
     shutil.copytree(place / "world", tmp_path / "world")
     few = {name: STAGES[name] for name in ("split", "sft", "reward")}
-    argv = ["pipeline", str(written(tmp_path, few)), "--out", str(tmp_path / "run")]
+    argv = ["pipeline", str(written(tmp_path, few)), "--out", str(tmp_path / "run"), *ALLOWED]
     with monkeypatch.context() as patch:
         cut_at(patch, 5)
         with pytest.raises(Cut):
@@ -176,7 +176,7 @@ def rlhf_train(*argv: object) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_comes_to_the_same(place: Path, tmp_path: Path) -> None:
-    source, argv = random.Random(0), ["pipeline", place / "recipe.yaml", "--out", tmp_path / "run"]
+    source, argv = random.Random(0), ["pipeline", place / "recipe.yaml", "--out", tmp_path / "run", *ALLOWED]
     kills = 0
 
     def files() -> set[Path]:

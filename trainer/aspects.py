@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.rewards import Reward, is_model, reward_from
+from trainer.address import redacted
+from trainer.rewards import Reward, check_source, is_model, reward_from
 from trainer.rollout import Rollout
 from trainer.shaping import RewardOptions, combined, ranged
 
@@ -47,17 +48,38 @@ def aspects_of(reward: str | Sequence[str]) -> list[Aspect]:
         match = ITEM.fullmatch(item.strip())
         sources = tuple(match["sources"].split(",")) if match else ()
         if match is None or not all(sources):
-            raise ValueError(f"reward: got {item!r}, want [NAME=]SOURCE[,SOURCE...][@WEIGHT]")
+            raise ValueError(f"reward: got {redacted(item)!r}, want [NAME=]SOURCE[,SOURCE...][@WEIGHT]")
         try:
             weight = float(match["weight"] or 1.0)
         except ValueError:
-            raise ValueError(f"reward: got the weight {match['weight']!r} in {item!r}, want a number") from None
+            got = f"got the weight {match['weight']!r} in {redacted(item)!r}"
+            raise ValueError(f"reward: {got}, want a number") from None
         name = match["name"] or ("reward" if len(items) == 1 else f"reward_{i + 1}")
         found.append(Aspect(name, weight, sources))
     names = [a.name for a in found]
     if len(set(names)) < len(names):
         raise ValueError(f"reward: got the names {', '.join(names)}, want each once")
     return found
+
+
+def sources_of(config: Any) -> list[tuple[str, str]]:
+    """Every reward and judge that the options of a stage name, each with its option."""
+    found: list[tuple[str, str]] = []
+    for option in ("reward", "gold_reward", "judge"):
+        if value := getattr(config, option, None):
+            names = [s for a in aspects_of(value) for s in a.sources] if option == "reward" else [value]
+            found += [(option, name) for name in names]
+    return found
+
+
+def check_sources(config: Any) -> None:
+    """Refuses rewards and judges that cannot be asked; imports functions, where that is allowed.
+
+    Raises:
+        ValueError: Names the option, what it got and what it wants.
+    """
+    for option, name in sources_of(config):
+        check_source(name, option, load=True)
 
 
 def truncation_score(cfg: RewardOptions) -> float | None:

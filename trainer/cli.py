@@ -20,7 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer import config_file, data_file, log, ranks, report
+from trainer import config_file, console, data_file, log, permission, ranks, report
+from trainer.address import redacted
+from trainer.cli_help import COMMON, whole
+from trainer.console import say
 from trainer.threads import TINY, model_of, one_bar_only, set_threads, used_threads
 
 PROG = "rlhf-train"
@@ -56,13 +59,6 @@ TOOLS = {
     "inspect": ("trainer.inspect_data", "what decides the worth of preference data, before you train on it"),
     "doctor": ("trainer.doctor", "what this machine has, and what will be slow on it"),
 }
-COMMON = """\
-every stage also takes:
-  --config FILE.yaml   read options from a recipe; flags on the command line win
-  --threads N          CPU threads (default: OMP_NUM_THREADS, else 1 for the
-                       demo and tiny models)
-  --overwrite          replace an earlier run in the same folder
-  --traceback          show where an error came from"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,24 +74,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         Exception: Anything that is not the user's mistake keeps its traceback.
     """
+    if argv is None:
+        sys.excepthook = console.unforeseen
     argv = list(sys.argv[1:] if argv is None else argv)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for module:function in the folder where the command is given
     try:
-        return _main(argv)
+        with permission.only(permission.named(argv)):
+            return _main(argv)
     except KeyboardInterrupt:
-        print(f"\n{PROG}: interrupted", file=sys.stderr)
+        say(f"\n{PROG}: interrupted", error=True)
         return INTERRUPTED
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package in {"trainer", "rlhf_kernels", ""} or "--traceback" in argv:
             raise
-        print(f'{PROG}: {package} is missing: pip install "rlhf_kernels[train]"', file=sys.stderr)
+        say(f'{PROG}: {package} is missing: pip install "rlhf_kernels[train]"', error=True)
         return USAGE_ERROR
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if not _is_ours(error) or "--traceback" in argv:
             raise
-        print(f"{PROG}: {error}", file=sys.stderr)
+        say(f"{PROG}: {redacted(str(error))}", error=True)
         return FAILED if isinstance(error, FloatingPointError) else USAGE_ERROR
 
 
@@ -113,10 +110,10 @@ def _is_ours(error: BaseException) -> bool:
 
 def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(_help())
+        say(whole(PROG, {k: v.about for k, v in STAGES.items()}, {k: about for k, (_, about) in TOOLS.items()}))
         return 0 if argv else USAGE_ERROR
     if argv[0] == "--version":
-        print(version())
+        say(version())
         return 0
     name, *rest = argv
     if ranks.count() > 1 and name not in SPREAD:
@@ -151,6 +148,7 @@ def _run(name: str, argv: list[str]) -> int:
     config = ranks.placed(config)
     out = Path(getattr(config, OUT))
     provenance = _provenance(name, argv, config)
+    importlib.import_module("trainer.aspects").check_sources(config)
     log.claim(out, overwrite=common.overwrite, reads=[config])
     config_file.write_resolved(out, config, provenance, {"stage": name, "threads": used_threads()})
     return _train_alone(name, getattr(module, stage.run), config)
@@ -163,6 +161,7 @@ def _resume(argv: list[str]) -> int:
         epilog="Options of the stage may follow; those that would change the result are refused.",
     )  # fmt: skip
     parser.add_argument("run", type=Path)
+    permission.add_option(parser)
     out, flags = (found := parser.parse_known_args(argv))[0].run.absolute(), found[1]
     if not (out / config_file.RESOLVED).is_file():
         raise ValueError(f"resume: {out} holds no run: there is no {config_file.RESOLVED} in it")
@@ -174,13 +173,14 @@ def _resume(argv: list[str]) -> int:
     if name not in STAGES:
         raise ValueError(f"resume: {out / config_file.RESOLVED} does not name its stage, want stage: sft or the like")
     if (out / log.SUMMARY).exists():
-        print(f"{out} holds a finished run: nothing to resume")
+        say(f"{out} holds a finished run: nothing to resume")
         return 0
     stage, module = _load(name, recipe.pop("threads", None), flags, recipe)
     if not resumable(run := getattr(module, stage.run)):
         raise ValueError(f"resume: a run of {name} cannot be resumed; start it again with --overwrite")
     recipe[OUT] = str(out)
     config = parse(name, getattr(module, stage.config), recipe, flags, str(out / config_file.RESOLVED))
+    importlib.import_module("trainer.aspects").check_sources(config)
     return _train_alone(name, run, ranks.placed(config, resume=True), resume=True)
 
 
@@ -200,9 +200,17 @@ def _train_alone(name: str, run: Any, config: Any, **options: Any) -> int:
         train(name, run, config, **options)
     except BaseException:
         if log.has_checkpoints(out):
-            print(f"{PROG}: go on with: {PROG} resume {shlex.quote(str(out))}", file=sys.stderr)
+            say_how_to_go_on(out, [config])
         raise
     return 0
+
+
+def say_how_to_go_on(out: Path, configs: Sequence[Any]) -> None:
+    """The command, with what it takes to allow the same code again."""
+    sources_of = importlib.import_module("trainer.aspects").sources_of
+    names = [name for config in configs for _, name in sources_of(config)]
+    allowed = [f" {permission.FLAG} {module}" for module in sorted(permission.modules(names))]
+    say(f"{PROG}: go on with: {PROG} resume {shlex.quote(str(out))}{''.join(allowed)}", error=True)
 
 
 def train(name: str, run: Any, config: Any, **options: Any) -> None:
@@ -211,7 +219,7 @@ def train(name: str, run: Any, config: Any, **options: Any) -> None:
     run(config, **options)
     if not (out / log.SUMMARY).exists():
         log.RunLog(out, quiet=True).summary({"stage": name, "seconds": round(time.monotonic() - began, 1)})
-    print(f"report: {report.write(out)}")
+    say(f"report: {report.write(out)}")
 
 
 def resumable(run: Any) -> bool:
@@ -223,6 +231,7 @@ def _common_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--threads", type=int)
+    permission.add_option(parser)
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--traceback", action="store_true")
     return parser.parse_known_args(argv)
@@ -256,31 +265,10 @@ def _provenance(name: str, argv: list[str], config: Any) -> list[str]:
 def _report(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"{PROG} report", description="Write report.html again from a run folder.")
     parser.add_argument("run", type=Path)
-    print(report.write(parser.parse_args(argv).run))
+    say(str(report.write(parser.parse_args(argv).run)))
     return 0
 
 
 def version() -> str:
     """Of the packages that decide what a run computes, in one line."""
     return ", ".join(f"{name} {version}" for name, version in config_file.versions().items())
-
-
-def _help() -> str:
-    stages = "\n".join(f"  {name:<8} {stage.about}" for name, stage in STAGES.items())
-    tools = "\n".join(f"  {name:<8} {about}" for name, (_, about) in TOOLS.items())
-    return f"""usage: {PROG} STAGE [options]
-       {PROG} STAGE --help lists the options of a stage
-
-stages:
-{stages}
-  pipeline several of these from one recipe: {PROG} pipeline RECIPE
-  resume   go on with a run that was stopped: {PROG} resume RUN
-  report   write report.html again from a run folder
-{tools}
-
-{COMMON}
-
-start here:
-  {PROG} demo
-  {PROG} pipeline gsm8k --set data=FOLDER
-  {PROG} sft --model MODEL --data demonstrations.jsonl --out runs/sft"""

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from trainer.address import redacted
+from trainer.console import visible
+
 RESOLVED = "resolved.yaml"
+LARGEST, MOST_NODES = 1 << 18, 10_000  # bytes and values of a YAML file
+NUMBER = re.compile(r"-(?:[\d.]+(?:[eE][-+]?\d+)?|inf|nan)")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -22,15 +29,10 @@ def load(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: There is no such file.
         ValueError: It is not YAML, not a mapping, or not flat.
     """
-    import yaml
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--config: {path} does not exist" + (" as a file" if path.exists() else ""))
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    recipe = read_yaml(path, "--config: ")
     if recipe is None:
         return {}
     if not isinstance(recipe, dict):
@@ -40,6 +42,63 @@ def load(path: str | Path) -> dict[str, Any]:
         if not isinstance(name, str) or any(isinstance(item, dict | list) for item in items):
             raise ValueError(f"--config: {path}: {name!r} must be a plain value or a list of them; recipes are flat")
     return {name.replace("-", "_"): value for name, value in recipe.items()}
+
+
+def read_yaml(path: Path, lead: str = "") -> Any:
+    """What a YAML file holds: plain values, lists and mappings, never objects of Python.
+
+    Args:
+        path: A file.
+        lead: Of messages.
+
+    Raises:
+        ValueError: It is not YAML, a name stands twice in a mapping, a value holds control characters, or aliases blow
+            it up to more than any recipe has.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            """YAML would take the last of two."""
+            own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # of `<<` there may be several
+            keys = [self.construct_object(key, deep=True) for key in own]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                lines = [key.start_mark.line + 1 for key in own if key.value == str(twice[0])]
+                raise Refused(f"{twice[0]!r} stands twice, the second time in line {lines[-1]}")
+            return super().construct_mapping(node, deep)
+
+        def construct_scalar(self, node: Any) -> Any:
+            """Values reach terminals by ways that are not all ours."""
+            if CONTROL.search(str(node.value)):
+                raise Refused(f"line {node.start_mark.line + 1} holds control characters")
+            return super().construct_scalar(node)
+
+    try:
+        if path.stat().st_size > LARGEST:
+            raise Refused(f"has more than {LARGEST >> 10} KiB, want a recipe")
+        loader = Loader(path.read_text(encoding="utf-8-sig"))
+        node = loader.get_single_node()
+        if _nodes(node, {}) > MOST_NODES:
+            raise Refused(f"has more than {MOST_NODES} values, counting aliases")
+        return None if node is None else loader.construct_document(node)
+    except Refused as error:
+        raise ValueError(f"{lead}{path}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that there is not is a ValueError
+        raise ValueError(f"{lead}{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+class Refused(ValueError):
+    """YAML, but nothing that we take."""
+
+
+def _nodes(node: Any, known: dict[int, int]) -> int:
+    """Values in a node, each alias counted as often as it stands there; one that holds itself is endless."""
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES + 1
+        inside = node.value if node is not None and isinstance(node.value, list) else []
+        parts = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_nodes(part, known) for part in parts)
+    return known[id(node)]
 
 
 def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -77,6 +136,8 @@ def as_flags(recipe: Mapping[str, Any], given: Iterable[str]) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{option}" if value else f"--no-{option}")
         elif isinstance(value, list):
+            if bad := [x for x in map(str, value) if x.startswith("-") and not NUMBER.fullmatch(x)]:
+                raise ValueError(f"{name}: got {bad[0]!r} in a list, want values that do not look like options")
             flags += [f"--{option}", *map(str, value)]
         else:
             flags.append(f"--{option}={value}")
@@ -103,9 +164,15 @@ def write_resolved(
     path.parent.mkdir(parents=True, exist_ok=True)
     body = yaml.safe_dump({**(header or {}), **resolved(config)}, sort_keys=False, allow_unicode=True)
     draft = path.with_name(path.name + ".saving")  # it marks the folder as ours, so there is all of it or nothing
-    draft.write_text("".join(f"# {line}\n" for line in comments) + body, encoding="utf-8")
+    draft.write_text(comment(comments) + body, encoding="utf-8")
     draft.replace(path)
     return path
+
+
+def comment(lines: Iterable[str]) -> str:
+    """Lines for the top of a YAML file, without secrets; a name of a file may hold the end of a line."""
+    shown = (visible(redacted(line)).replace("\n", "\\n") for line in lines)
+    return "".join(f"# {line}\n" for line in shown)
 
 
 def resolved(config: Any) -> dict[str, Any]:
@@ -141,7 +208,7 @@ def _absolute(value: Any) -> Any:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A flat dataclass as a mapping of what YAML and JSON can hold.
+    """A flat dataclass as a mapping of what YAML and JSON can hold, without secrets in addresses.
 
     Raises:
         TypeError: `config` is not a dataclass instance.
@@ -152,4 +219,6 @@ def plain(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
+    if isinstance(value, str):
+        return redacted(value)
+    return value if isinstance(value, bool | int | float | None) else str(value)

@@ -8,8 +8,12 @@ from __future__ import annotations
 import re
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
+from types import TracebackType
 from typing import Any, Protocol
+
+from trainer.address import redacted
 
 LINES_PER_STAGE = 5
 SECONDS_BETWEEN_LINES = 20.0
@@ -34,7 +38,12 @@ def visible(text: str) -> str:
 def say(text: str, *, error: bool = False) -> None:
     """Prints a text, to standard output or standard error; the only way to the screen beside the ``Console``."""
     stream = sys.stderr if error else sys.stdout
-    print(_writable(visible(text), stream), file=stream, flush=True)
+    print(_writable(visible(text), stream), file=stream, flush=error)
+
+
+def unforeseen(kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
+    """``sys.excepthook`` of the program: a traceback quotes what went wrong, which may be a text of others."""
+    say(redacted("".join(traceback.format_exception(kind, error, tb)).rstrip("\n")), error=True)
 
 
 def _writable(text: str, stream: Any) -> str:
@@ -74,6 +83,7 @@ class Console:
             self.rich.print(_plain(text))
         elif not self.quiet:
             say(text)
+            sys.stdout.flush()
 
     def table(self, title: str, rows: Sequence[tuple[str, ...]]) -> None:
         """Prints rows with aligned columns."""
@@ -131,6 +141,7 @@ class PlainProgress:
         left = f", {spent / (done - self.behind) * (self.total - done):.0f} s left" if done < self.total else ""
         count = f"{done:>{len(str(self.total))}}/{self.total}"
         say(f"{self.stage}  {count}  {headline(metrics)}  ({spent:.0f} s{left})")
+        sys.stdout.flush()
 
     def stop(self) -> None:
         """Nothing to clean up."""

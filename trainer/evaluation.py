@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from trainer import data
+from trainer.address import redacted
 from trainer.chat import render_for
 from trainer.evaluate import Estimate, mean, proportion, ratio_change
 from trainer.evaluation_judge import Judge, Responses, judge_from
@@ -140,7 +141,8 @@ def _responses(
     section["policy"]["win_rate"] = won
     ok = won.low > 0.5
     title = "The policy wins" if ok else "The policy loses" if won.high < 0.5 else "No winner"
-    text = f"Win rate {won} against {cfg.base} on {len(records)} held-out prompts, ties as halves, by {cfg.judge}."
+    judged = f"{len(records)} held-out prompts, ties as halves, by {redacted(cfg.judge)}"
+    text = f"Win rate {won} against {cfg.base} on {judged}."
     return section, [{"title": title, "text": text, "ok": ok}]
 
 

@@ -83,4 +83,4 @@ def judge_from(name: str, *, max_length: int, max_tokens: int, device: torch.dev
             lambda tokenizer: reward_from(name, tokenizer, max_length=max_length, max_tokens=max_tokens, device=device),
             None,
         )
-    return Judge(None, function_of(name))
+    return Judge(None, function_of(name, "judge"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from trainer.config_file import model_folder, plain
 from trainer.data_file import sha256
+from trainer.permission import FUNCTION, source_of
 
 FREE = frozenset({"out", "quiet", "save_every", "keep_last"})
 """Options that a resumed run may change."""
@@ -48,15 +48,9 @@ def inputs(config: Any) -> dict[str, str]:
 
 
 def _source(text: str) -> Path | None:
-    """The file of a function that is given as ``module:function``."""
-    module, colon, function = text.partition(":")
-    if not (colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-        return None
-    try:
-        spec = importlib.util.find_spec(module)
-    except ImportError:
-        return None
-    return Path(spec.origin) if spec is not None and spec.origin is not None and Path(spec.origin).is_file() else None
+    """The file of a function that is given as ``module:function``; nothing is imported."""
+    found = FUNCTION.fullmatch(text)
+    return source_of(found["module"]) if found else None
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], hashed: Mapping[str, Any]) -> list[str]:

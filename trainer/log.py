@@ -139,7 +139,7 @@ class Bar:
         self._shown = run_log.console.progress(stage, total, done)
 
     def __enter__(self) -> Bar:
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8", errors="backslashreplace")
         self._shown.start()
         return self
 

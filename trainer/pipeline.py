@@ -11,13 +11,13 @@ import dataclasses
 import importlib
 import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer import cli, config_file, fingerprint, log, recipe, report
-from trainer.console import Console
+from trainer import cli, config_file, fingerprint, log, permission, recipe, report
+from trainer.address import HIDDEN, redacted, secrets_of
+from trainer.console import Console, say
 from trainer.threads import TINY, one_bar_only, set_threads, used_threads
 
 PIPELINE = "pipeline"
@@ -65,7 +65,7 @@ def stages() -> dict[str, cli.Stage]:
 def planned(out: Path) -> bool:
     """Whether the run folder is that of a pipeline."""
     path = out / config_file.RESOLVED
-    return path.is_file() and f"stage: {PIPELINE}" in path.read_text(encoding="utf-8").splitlines()
+    return path.is_file() and f"stage: {PIPELINE}".encode() in path.read_bytes().split(b"\n")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -91,15 +91,15 @@ def main(argv: Sequence[str]) -> int:
     set_threads(options.threads if options.threads is not None else read.threads, default=1 if tiny else None)
     work = [_work(read, step) for step in read.steps]
     one_bar_only()
-    inputs = importlib.import_module("trainer.pipeline_check").check(read, work)
+    inputs = importlib.import_module("trainer.pipeline_check").check(read, work, load=not options.check)
     if options.check:
-        print(f"{path}: nothing wrong with {', '.join(w.name for w in work)}")
+        say(f"{path}: nothing wrong with {', '.join(w.name for w in work)}")
         return 0
     plan = _plan(work, inputs)
     if planned(out) and not options.overwrite:
         _compare(recipe.read(out / config_file.RESOLVED, out, {}, stages()), plan, work)
         if (out / log.SUMMARY).exists():
-            print(f"{out} holds a finished run: nothing to do")
+            say(f"{out} holds a finished run: nothing to do")
             return 0
     else:
         log.check(out, overwrite=options.overwrite, reads=[w.config for w in work])
@@ -109,13 +109,13 @@ def main(argv: Sequence[str]) -> int:
             if folder.exists():  # what has not begun gets no folder before the mark in ours
                 log.claim(folder, overwrite=options.overwrite)
         log.claim(out, overwrite=options.overwrite)
-        comments = [f"{cli.PROG} {PIPELINE} {shlex.join(argv)}", cli.version()]
+        comments = [f"{cli.PROG} {PIPELINE} {shlex.join(_safe(argv, work))}", cli.version()]
         _write(out / config_file.RESOLVED, plan | {"threads": used_threads()}, comments)
     try:
         with log.alone(out):
             _go(out, work)
     except BaseException:
-        print(f"{cli.PROG}: go on with: {cli.PROG} resume {shlex.quote(str(out))}", file=sys.stderr)
+        cli.say_how_to_go_on(out, [w.config for w in work])
         raise
     return 0
 
@@ -138,7 +138,7 @@ def _go(out: Path, work: Sequence[Work]) -> None:
         cli.train(w.stage, w.run, w.config, **({"resume": True} if resumable else {}))
         gather(out, work)
     log.RunLog(out, quiet=True).summary(gather(out, work))
-    print(f"\nreport: {report.write(out)}")
+    say(f"\nreport: {report.write(out)}")
 
 
 def gather(out: Path, work: Sequence[Work]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _work(read: recipe.Recipe, step: recipe.Step) -> Work:
     try:
         config = cli.parse(step.stage, kind, step.options, [], str(read.source), about=known.about)
     except SystemExit:
-        print(f"{cli.PROG}: this is about the stage {step.name} of {read.source}", file=sys.stderr)
+        say(f"{cli.PROG}: this is about the stage {step.name} of {read.source}", error=True)
         raise
     return Work(step.name, step.stage, getattr(module, known.run), config)
 
@@ -219,7 +219,14 @@ def _write(path: Path, plan: Mapping[str, Any], comments: Sequence[str]) -> None
     import yaml
 
     body = yaml.safe_dump(dict(plan), sort_keys=False, allow_unicode=True)
-    log.write_whole(path, ("".join(f"# {line}\n" for line in comments) + body).encode())
+    log.write_whole(path, (config_file.comment(comments) + body).encode())
+
+
+def _safe(argv: Sequence[str], work: Sequence[Work]) -> list[str]:
+    """The command without what a variable brought into an address."""
+    sources_of = importlib.import_module("trainer.aspects").sources_of
+    secrets = {secret for w in work for _, name in sources_of(w.config) for secret in secrets_of(name)}
+    return [f"{arg.partition('=')[0]}={HIDDEN}" if arg.partition("=")[2] in secrets else arg for arg in argv]
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -227,8 +234,11 @@ def _setting(text: str) -> tuple[str, Any]:
 
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise ValueError(f"--set: got {text!r}, want NAME=VALUE")
-    return name, yaml.safe_load(value)
+        raise ValueError(f"--set: got {redacted(text)!r}, want NAME=VALUE")
+    try:
+        return name, yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"--set: {name} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
@@ -240,6 +250,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="the run folder (default: runs/RECIPE)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of the recipe")
     parser.add_argument("--check", action="store_true", help="check the recipe and do no more")
+    permission.add_option(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads, for all stages")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
     parser.add_argument("--quiet", action="store_true", help="show no progress")

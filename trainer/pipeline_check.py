@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import evaluation, preference, rewards, split, stage
-from trainer.aspects import aspects_of
+from trainer import evaluation, preference, split, stage
+from trainer.aspects import sources_of
 from trainer.config_file import model_folder
 from trainer.data_file import sha256
 from trainer.evaluation import EvalConfig
 from trainer.grpo import GRPO, GRPOConfig
 from trainer.ppo import PPO, PPOConfig
 from trainer.preference import PreferenceConfig
+from trainer.rewards import check_source
 from trainer.rl_config import RLConfig
 from trainer.rl_config import check as check_rl
 from trainer.split import SplitConfig
@@ -29,12 +30,13 @@ MODELS = ("model", "base", "reference", "value_model", "tokenizer")
 LOCAL = ("/", "./", "../", "~")
 
 
-def check(recipe: Recipe, work: Sequence[Work]) -> dict[str, str]:
+def check(recipe: Recipe, work: Sequence[Work], *, load: bool) -> dict[str, str]:
     """Looks at every option, file and name.
 
     Args:
         recipe: Named in messages.
         work: Its stages with their configs.
+        load: Import the modules of reward functions too, which are about to be used; otherwise they are only read.
 
     Returns:
         The sha256 of every data file that is there before the first stage, by `stage.option`.
@@ -49,7 +51,8 @@ def check(recipe: Recipe, work: Sequence[Work]) -> dict[str, str]:
         try:
             inputs |= {f"{w.name}.{option}": sha256(path) for option, path in _files(w.config, earlier)}
             _models(w.config, earlier)
-            _values(w.config, earlier)
+            _values(w.config)
+            _sources(w.config, earlier, load=load)
         except (ValueError, FileNotFoundError) as error:
             hint = "" if not isinstance(error, FileNotFoundError) else _variables(recipe)
             raise type(error)(f"{recipe.source}: {w.name}: {error}{hint}") from error
@@ -93,17 +96,14 @@ def _models(config: Any, earlier: Mapping[str, Work]) -> None:
             raise ValueError(f"{option}: {value} is not the folder of a model, nor of a run that left one")
 
 
-def _values(config: Any, earlier: Mapping[str, Work]) -> None:
-    """What the stage itself would refuse, and names of functions."""
+def _values(config: Any) -> None:
+    """What the stage itself would refuse."""
     if isinstance(config, StageConfig):
         stage.check(config)
     if isinstance(config, PreferenceConfig):
         preference.check(config)
     if isinstance(config, RLConfig):
         check_rl(config)
-        sources = [source for aspect in aspects_of(config.reward) for source in aspect.sources]
-        for source in [*sources, *([config.gold_reward] if config.gold_reward else [])]:
-            _source(source, earlier)
     if isinstance(config, PPOConfig):
         PPO(config)
     if isinstance(config, GRPOConfig):
@@ -112,14 +112,13 @@ def _values(config: Any, earlier: Mapping[str, Work]) -> None:
         split.check(config)
     if isinstance(config, EvalConfig):
         evaluation.check(config)
-        if config.judge is not None:
-            _source(config.judge, earlier)
 
 
-def _source(name: str, earlier: Mapping[str, Work]) -> None:
-    """A reward or a judge."""
-    maker = earlier.get(name)
-    if maker is not None and maker.stage != "reward":
-        raise ValueError(f"reward: {maker.name} leaves no reward model, want a stage reward")
-    if maker is None and model_folder(name) is None and not name.startswith(("http://", "https://")):
-        rewards.function_of(name)
+def _sources(config: Any, earlier: Mapping[str, Work], *, load: bool) -> None:
+    """Rewards and judges."""
+    for option, name in sources_of(config):
+        maker = earlier.get(name)
+        if maker is not None and maker.stage != "reward":
+            raise ValueError(f"{option}: {maker.name} leaves no reward model, want a stage reward")
+        if maker is None:
+            check_source(name, option, load=load)

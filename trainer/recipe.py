@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer import config_file
+from trainer.address import VARIABLE
 
 SHIPPED = Path(__file__).parent / "recipes"
 KEYS = ("vars", "threads", "stages")
@@ -116,9 +117,9 @@ def portable(value: Any, earlier: Mapping[str, str]) -> Any:
 
 
 def _filled(value: Any, meaning: Mapping[str, Any], stages: Collection[str], where: str) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list) and not any(isinstance(item, list | dict) for item in value):
         return [_filled(item, meaning, stages, where) for item in value]
-    if isinstance(value, dict):
+    if isinstance(value, list | dict):
         raise ValueError(f"{where} must be a plain value or a list of them")
     if not isinstance(value, str):
         return value
@@ -131,6 +132,8 @@ def _filled(value: Any, meaning: Mapping[str, Any], stages: Collection[str], whe
             return meaning[name]
         if name in stages:
             raise ValueError(f"{where}: ${{{name}}} is no earlier stage, and cannot be used here")
+        if VARIABLE.fullmatch(match[0]):
+            return match[0]  # of the environment, in an address: looked up by whoever asks there
         near = difflib.get_close_matches(name, meaning, n=1)
         hint = f"did you mean ${{{near[0]}}}?" if near else f"want one of {', '.join(meaning) or 'nothing, yet'}"
         raise ValueError(f"{where}: ${{{name}}} is neither a variable nor an earlier stage; {hint}")
@@ -148,23 +151,8 @@ def _mapping(value: Any, where: str) -> dict[Any, Any]:
 
 
 def _yaml(path: Path) -> dict[Any, Any]:
-    """One mapping; a name that stands twice in it is an error, where YAML would take the last one."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise ValueError(f"{path}: {twice[0]!r} stands twice, the second time in line {_line(node, twice[0])}")
-            return super().construct_mapping(node, deep)
-
-    def _line(node: Any, name: Any) -> int:
-        return [key.start_mark.line + 1 for key, _ in node.value if key.value == str(name)][-1]
-
-    try:
-        whole = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    """One mapping."""
+    whole = config_file.read_yaml(path)
     if not isinstance(whole, dict) or "stages" not in whole:
         raise ValueError(f"{path} is no recipe of several stages: want a mapping with `stages:`")
     return whole

@@ -23,7 +23,6 @@ from trainer.run_folder import is_ours
 
 MAX_SAMPLES = 8
 HEAD = "<body><main><header><h1>"  # how the body of our page begins
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # should a text ever get through, it loads and runs nothing
 LARGEST, MOST_STEPS = 1e100, 1e12  # in drawings: differences of these numbers are finite, steps are told apart
 
 
@@ -187,7 +186,6 @@ def _folded(title: str, body: str) -> str:
 def _page(title: str, body: str) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style><body><main>{body}</main></body></html>\n"
     )

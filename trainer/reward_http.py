@@ -1,19 +1,39 @@
-"""A reward that lives behind an HTTP address."""
+"""A reward that lives behind an HTTP address.
+
+What answers may be slow, broken or worse, so nothing of it is taken on trust: an answer has one deadline, from the
+connection to the last byte, a size, and a form. The request goes to the address that was named and nowhere else:
+neither redirects nor the environment's proxies nor .netrc are followed.
+"""
 
 from __future__ import annotations
 
+import http.client
+import io
 import json
+import math
+import socket
+import ssl
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trainer.address import Address, read, redacted
+
 TIMEOUT, TRIES, BATCH = 120.0, 4, 256
+LARGEST = 1 << 20
+"""Bytes of an answer; 256 scores are a few thousand."""
 
 
 class NoAnswer(ValueError):
     """The endpoint cannot be reached, or does not answer as it should."""
+
+
+class Busy(Exception):
+    """It may answer another time; ``after`` is when, in seconds, if it says so."""
+
+    def __init__(self, problem: str, after: float = 0.0) -> None:
+        super().__init__(problem)
+        self.after = after
 
 
 def endpoint(
@@ -22,48 +42,215 @@ def endpoint(
     """A reward function that asks an endpoint.
 
     It gets ``POST`` requests with ``{"prompts": [...], "responses": [...], "extras": [...]}``, at most 256 of each,
-    and answers ``{"scores": [...]}``. Where it is busy (429, 5xx) or out of reach it is asked up to four times.
+    and answers ``{"scores": [...]}``, one finite number per response. Where it is busy (429, 5xx), out of reach, late,
+    or breaks off, it is asked up to four times.
 
     Args:
-        url: ``http://`` or ``https://``.
-        timeout: Seconds for one answer.
-        wait: Seconds before the second try; doubled after each.
+        url: ``http://`` or ``https://``; ``${REWARD_...}`` in it stands for a variable of the environment.
+        timeout: Seconds for one answer, all of it. (Names are looked up by the system, which has its own patience.)
+        wait: Seconds before the second try; doubled after each. ``Retry-After`` is heeded, up to ``timeout``.
+
+    Raises:
+        ValueError: It is no address that can be asked, or a variable is not set.
     """
+    address = read(url)
 
     def score(prompts: Sequence[str], responses: Sequence[str], extras: Sequence[dict[str, Any]]) -> list[float]:
         found: list[float] = []
         for at in range(0, len(prompts), BATCH):
             part = slice(at, at + BATCH)
             asked = {"prompts": prompts[part], "responses": responses[part], "extras": extras[part]}
-            answer = _post(url, json.dumps(asked, default=str).encode(), timeout, wait)
+            answer = _asked(address, _json(asked), timeout, wait)
             if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
-                raise NoAnswer(f'{url} answered {answer!r:.200}, want {{"scores": [...]}}')
+                told = address.hide(f"{answer!r:.200}")
+                raise NoAnswer(f'{address.shown} answered {told}, want {{"scores": [...]}}')
             if len(answer["scores"]) != len(asked["responses"]):
                 raise NoAnswer(
-                    f"{url} gave {len(answer['scores'])} scores for {len(asked['responses'])} responses, from sample "
-                    f"{at} on: {responses[at]!r:.200}"
+                    f"{address.shown} gave {len(answer['scores'])} scores for {len(asked['responses'])} responses, "
+                    f"from sample {at} on: {responses[at]!r:.200}"
                 )
-            found += answer["scores"]
+            found += [_number(address, x, r) for x, r in zip(answer["scores"], responses[part], strict=True)]
         return found
 
     return score
 
 
-def _post(url: str, body: bytes, timeout: float, wait: float) -> Any:
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+def _number(address: Address, x: Any, response: str) -> float:
+    """JSON's numbers only: a text or a truth that looks like one was not meant as a score."""
+    try:
+        if isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x):
+            return float(x)
+    except OverflowError:
+        pass
+    told = address.hide(f"{x!r:.60}")
+    raise NoAnswer(f"{address.shown} gave {told} to the response {response!r:.200}, want a finite number")
+
+
+def _json(asked: Any) -> bytes:
+    """JSON has neither NaN nor infinities; what data holds of them is null, as in our logs."""
+    try:
+        return json.dumps(asked, default=str, allow_nan=False).encode()
+    except ValueError:
+        return json.dumps(_finite(asked), default=str).encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _asked(address: Address, body: bytes, timeout: float, wait: float) -> Any:
     problem = ""
     for tried in range(1, TRIES + 1):
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            problem = f"status {error.code}: {error.read(200).decode(errors='replace')}"
-            if error.code != 429 and error.code < 500:
-                break
-        except (OSError, TimeoutError) as error:
-            problem = str(error)
-        except json.JSONDecodeError as error:
-            raise NoAnswer(f"{url} did not answer in JSON ({error})") from None
-        if tried < TRIES:
-            time.sleep(wait * 2 ** (tried - 1))
-    raise NoAnswer(f"{url} did not answer ({problem})")
+            return _once(address, body, time.monotonic() + timeout)
+        except Busy as busy:
+            problem = str(busy)
+            if tried < TRIES:
+                time.sleep(max(wait * 2 ** (tried - 1), min(busy.after, timeout)))
+    raise NoAnswer(f"{address.shown} did not answer ({problem})")
+
+
+def _once(address: Address, body: bytes, deadline: float) -> Any:
+    """One request and its answer.
+
+    Raises:
+        Busy: It is worth another try.
+        NoAnswer: It is not.
+    """
+    try:
+        status, told, after, answer = _exchanged(address, body, deadline)
+    except (OSError, http.client.HTTPException) as error:
+        late = isinstance(error, TimeoutError) or time.monotonic() >= deadline
+        raise Busy("the time for an answer is over" if late else str(error) or type(error).__name__) from None
+    if status == 429 or status >= 500:
+        raise Busy(f"status {status}: {told}", after)
+    if status >= 300:
+        raise NoAnswer(f"{address.shown} did not answer (status {status}: {told})")
+    if len(answer) > LARGEST:
+        raise NoAnswer(f"{address.shown} answered with more than {LARGEST >> 20} MiB, want a score per response")
+    try:
+        return json.loads(answer.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise NoAnswer(f"{address.shown} did not answer in JSON ({_short(error)})") from None
+
+
+def _short(error: Exception) -> str:
+    return str(error).partition(";")[0]  # Python's advice about long numbers is not for here
+
+
+def _exchanged(address: Address, body: bytes, deadline: float) -> tuple[int, str, float, bytes]:
+    """Status, what is told about it, seconds to wait, and of a good answer all of it, or more than is wanted."""
+    connection = Connection(address, deadline)
+    try:
+        connection.request("POST", address.target, body, {"Content-Type": "application/json"} | address.headers)
+        answer = connection.getresponse()
+        if answer.status < 300:
+            found = answer.read(LARGEST + 1)
+            if answer.length and len(found) <= LARGEST:
+                raise http.client.IncompleteRead(found, answer.length)
+            return answer.status, "", 0.0, found
+        told = address.hide(_told(answer))
+        return answer.status, told, _seconds(answer.getheader("Retry-After")), b""
+    finally:
+        connection.end()
+
+
+def _told(answer: http.client.HTTPResponse) -> str:
+    """What a status is about, as far as the other side says."""
+    if answer.status < 400:
+        return f"a redirect to {redacted(answer.getheader('Location', 'nowhere'))[:200]}, which is not followed"
+    try:
+        return answer.read(200).decode(errors="replace") or answer.reason
+    except (OSError, http.client.HTTPException):
+        return answer.reason
+
+
+def _seconds(text: str | None) -> float:
+    """Of ``Retry-After``, which may be a date instead; that is as good as nothing."""
+    return float(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 10 else 0.0
+
+
+class Connection(http.client.HTTPConnection):
+    """To an address, with one deadline for everything that is sent and received."""
+
+    def __init__(self, address: Address, deadline: float) -> None:
+        super().__init__(address.host, address.port or (443 if address.secure else 80))
+        self.secure, self.deadline = address.secure, deadline
+        self.default_port = 443 if address.secure else 80  # which goes without saying
+        self.plain: socket.socket | None = None
+
+    def connect(self) -> None:
+        """Within the deadline, and over TLS with the system's certificates where the address says so."""
+        plain = self.plain = reached(self.host, self.port, self.deadline)
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.secure:
+            plain.settimeout(left(self.deadline))
+            plain = self.plain = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
+        self.sock = Timed(plain, self.deadline)  # type: ignore[assignment]
+
+    def close(self) -> None:
+        """Not yet: ``http.client`` calls this as soon as there is an answer to read."""
+
+    def end(self) -> None:
+        """The connection is used once."""
+        if self.plain is not None:
+            self.plain.close()
+
+
+class Timed(io.RawIOBase):
+    """What ``http.client`` wants of a socket; every wait in it ends at the deadline.
+
+    A socket's own timeout begins anew with each byte that arrives, so a server could be waited for without end.
+    """
+
+    def __init__(self, plain: socket.socket, deadline: float) -> None:
+        super().__init__()
+        self.plain, self.deadline = plain, deadline
+
+    def sendall(self, contents: bytes) -> None:
+        """All of it."""
+        rest = memoryview(contents)
+        while rest:
+            self.plain.settimeout(left(self.deadline))
+            rest = rest[self.plain.send(rest) :]
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """The answer."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As much as there is."""
+        self.plain.settimeout(left(self.deadline))
+        return self.plain.recv_into(buffer)
+
+
+def reached(host: str, port: int, deadline: float) -> socket.socket:
+    """A connection to the first of a host's addresses that takes one."""
+    problem: OSError = OSError(f"{host} has no address")
+    for family, kind, protocol, _, where in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        plain = socket.socket(family, kind, protocol)
+        try:
+            plain.settimeout(left(deadline))
+            plain.connect(where)
+        except OSError as error:
+            plain.close()
+            problem = error
+        else:
+            return plain
+    raise problem
+
+
+def left(deadline: float) -> float:
+    """Seconds; a socket's timeout of zero would mean something else."""
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError("the time for an answer is over")
+    return remaining

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer import address, permission
+from trainer.address import is_address, redacted
 from trainer.models import ScalarModel, load_scalar, resolve
 from trainer.packing import pack, split
 from trainer.reward_compare import COMPARE, by_comparison
@@ -47,11 +49,14 @@ def exact_answer(prompts: Sequence[str], responses: Sequence[str], extras: Seque
     ]
 
 
+BUILT_IN: dict[str, RewardFunction] = {"exact_answer": exact_answer}
+
+
 def reward_from(name: str, tokenizer: Any, *, max_length: int, max_tokens: int, device: torch.device) -> Reward:
     """A reward by name.
 
     Args:
-        name: A reward model's folder; ``module:function``; a function of this module; ``http://...``; or
+        name: A reward model's folder; ``module:function``; ``exact_answer``; ``http://...``; or
             ``compare:module:function``.
         tokenizer: Of the policy.
         max_length: Tokens that a reward model with another tokenizer reads.
@@ -61,8 +66,8 @@ def reward_from(name: str, tokenizer: Any, *, max_length: int, max_tokens: int, 
     Raises:
         ValueError: If it is none of these.
     """
-    if name.startswith(("http://", "https://")):
-        return _from_function(endpoint(name), name, tokenizer, alone=False)
+    if is_address(name):
+        return _from_function(endpoint(name), redacted(name), tokenizer, alone=False)
     if name.startswith(COMPARE):
         return _from_function(by_comparison(function_of(name)), name, tokenizer, alone=False)
     if is_model(name):
@@ -76,20 +81,37 @@ def is_model(name: str) -> bool:
     return (Path(resolve(name)) / "config.json").exists()
 
 
-def function_of(name: str) -> Callable[..., Any]:
+def function_of(name: str, option: str = "reward") -> Callable[..., Any]:
     """The function of this module, ``module:function`` or ``compare:module:function`` that a name stands for.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or its module may not be imported (``trainer.permission``).
     """
-    module, _, found = name.removeprefix(COMPARE).rpartition(":")
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    module, found = permission.function(name, option)
+    permission.look_here()
     try:
-        return getattr(importlib.import_module(module or __name__), found)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"reward: got {name!r}, want a reward model's folder or module:function, compare:module:function or an "
-            f"http address ({error})"
-        ) from error
+        return getattr(importlib.import_module(module), found)
+    except (ImportError, AttributeError) as error:
+        raise permission.none_such(name, option, error) from error
+
+
+def check_source(name: str, option: str = "reward", *, load: bool = False) -> None:
+    """Refuses what is no reward, an address that cannot be asked, and code that is not allowed.
+
+    Args:
+        name: As ``reward_from`` takes it.
+        option: For the message.
+        load: Import a function's module, which runs it; otherwise it is only read.
+
+    Raises:
+        ValueError: Names the option, what it got and what it wants.
+    """
+    if is_address(name):
+        address.read(name)
+    elif not is_model(name) and name not in BUILT_IN:
+        function_of(name, option) if load else permission.check(name, option)
 
 
 def _from_model(
@@ -131,22 +153,26 @@ def _from_function(function: RewardFunction, name: str, tokenizer: Any, *, alone
                 f"reward: {name} gave {len(found)} scores for {len(responses)} responses, of which the first is "
                 f"{responses[0]!r:.200} to the prompt {prompts[0]!r:.200}"
             )
-        scores = []
-        for prompt, response, x in zip(prompts, responses, found, strict=True):
-            try:
-                scores.append(float(x))
-            except (TypeError, ValueError):
-                _refuse(name, x, prompt, response)
-            if not math.isfinite(scores[-1]):
-                _refuse(name, x, prompt, response)
+        scores = [_number(name, *one) for one in zip(found, prompts, responses, strict=True)]
         return torch.tensor(scores)
 
     return score
 
 
+def _number(name: str, x: Any, prompt: str, response: str) -> float:
+    """A finite number, as float32 too; a text that looks like one was not meant as a score."""
+    try:
+        value = math.nan if isinstance(x, str | bytes) else float(x)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        _refuse(name, x, prompt, response)
+    return value
+
+
 def _refuse(name: str, x: object, prompt: str, response: str) -> None:
     raise ValueError(
-        f"reward: {name} gave {x} to the response {response!r:.200}, want a finite number; the prompt was "
+        f"reward: {name} gave {x!r:.60} to the response {response!r:.200}, want a finite number; the prompt was "
         f"{prompt!r:.200}"
     )
 
