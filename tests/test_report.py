@@ -287,10 +287,11 @@ def run_without(folder):
 
 
 def test_the_page_takes_the_place_of_a_link_and_does_not_follow_it(tmp_path):
-    """A run folder of others may hold links to files of ours."""
+    """A run folder that came from others may hold links to files of ours."""
     (mine := tmp_path / "mine").write_text("precious")
     folder = run_without(tmp_path / "theirs")
-    for name in ("report.html", "report.tmp"):
+    (folder / "resolved.yaml").write_text("# rlhf_kernels 0.1.0\nstage: sft\n")
+    for name in ("report.html", "report.html.saving"):
         (folder / name).symlink_to(mine)
     report.write(folder)
     assert mine.read_text() == "precious"
