@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainer import console
-from trainer.log import RunLog
+from trainer.log import RunLog, records
 
 
 def test_metrics_and_samples_reach_the_disk_at_once(tmp_path):
@@ -132,3 +132,14 @@ def test_a_terminal_gets_one_bar_and_brackets_survive(tmp_path, monkeypatch, cap
     assert "2/2" in shown
     assert "Results [x]" in shown
     assert "0.8 [b]" in shown
+
+
+def test_what_is_read_back_is_what_we_would_have_written(tmp_path):
+    """Whoever else wrote it: numbers that JSON or a float has not are null, so that a pipeline can gather them."""
+    (tmp_path / "metrics.jsonl").write_text(
+        f'{{"a": NaN, "b": [-Infinity, 1e999], "c": {"9" * 400}, "d": -{"9" * 5000}, "e": 12, "f": -0.5, "g": true}}\n'
+    )
+    (found,) = records(tmp_path / "metrics.jsonl")
+    assert found == {"a": None, "b": [None, None], "c": None, "d": None, "e": 12, "f": -0.5, "g": True}
+    assert isinstance(found["e"], int)
+    assert records(tmp_path / "none.jsonl") == []
