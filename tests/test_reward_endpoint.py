@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.reward_server import GOOD, Act, Server, deaf, raw, running, whole  # noqa: F401 (a fixture)
-from trainer import reward_http
+from trainer import reward_http, rewards
 from trainer.reward_http import NoAnswer, endpoint
 
 SHORT = 0.15  # seconds for an answer
@@ -150,3 +152,17 @@ def test_neither_proxies_nor_netrc_have_a_say(server: Server, tmp_path: Path, mo
     assert ask(server, whole(GOOD)) == [1.5]
     assert server.asked[0].startswith(b"POST /score HTTP/1.1\r\n")
     assert b"authorization" not in server.asked[0].lower()
+
+
+@pytest.mark.parametrize("score", ["1_000", "1", b"1", 1e39, -1e39, 10**400, float("nan"), None, [1.0], "x" * 10_000])
+def test_scores_of_functions_are_numbers_that_float32_has(monkeypatch: pytest.MonkeyPatch, score: Any) -> None:
+    """Python may say true and false, though, and give numbers of numpy or torch."""
+    monkeypatch.setattr(rewards, "responses_of", lambda *_: ["r"] * 5)
+    given: list[Any] = [True, 2, np.float32(0.5), torch.tensor(0.25), score]
+    reward = rewards._from_function(lambda *_: given, "my:f", None)
+    with pytest.raises(
+        ValueError, match=r"my:f gave .{1,60} to the response 'r', want a finite number; the prompt was"
+    ):
+        reward(None, [{"prompt": "p"}] * 5)  # type: ignore[arg-type]
+    given[4] = 3.0e38
+    assert reward(None, [{"prompt": "p"}] * 5).tolist() == [1.0, 2.0, 0.5, 0.25, pytest.approx(3e38)]  # type: ignore[arg-type]

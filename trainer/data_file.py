@@ -109,7 +109,7 @@ def _peek(file: Any) -> bytes:
 def _parse(line: bytes) -> Any:
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
-        if HALF.search(line):
+        if b"\\u" in line and HALF.search(line):
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8 (byte {error.start} of the line)")
