@@ -84,21 +84,11 @@ def environment(threads: int, max_bytes: int | None, device: str = "cpu") -> Row
         "versions": versions,
         "cpu": fields.get("model name", platform.processor()),
         "cpu_flags": {flag: flag in flags for flag in WATCHED_FLAGS},
-        "instruction_set": instruction_set(),
         "threads": threads,
         "load_before": round(os.getloadavg()[0], 2),
         "backends": rk.backends(),
         "max_bytes": max_bytes or ours.default_budget("cuda" if cuda else "cpu"),
     }
-
-
-def instruction_set() -> str | None:
-    """What the native backend runs with: the best of the CPU's, unless RLHF_KERNELS_ISA caps it."""
-    try:
-        from rlhf_kernels import _C
-    except ImportError:
-        return None
-    return _C.isa()
 
 
 def _number(x: float | None, form: str) -> str:
@@ -192,8 +182,6 @@ def heading(environment: Row) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
     device = environment.get("device", "cpu")
     where = ("" if device == "cpu" else f"{device}; ") + f"{environment['cpu']} ({flags})"
-    if isa := environment.get("instruction_set"):
-        where += f", our native backend with {isa}"
     return (
         f"{where}, {environment['threads']} threads, load {environment['load_before']} before; "
         f"commit {environment.get('commit') or 'unknown'}; {versions}; our backends {environment['backends']}, byte "
