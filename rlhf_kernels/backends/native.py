@@ -7,6 +7,7 @@ bfloat16 itself are gradients of bfloat16 heads rounded to it, on their way into
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, finalize
 
@@ -23,9 +24,12 @@ STRIP_BYTES = 8 * 2**20  # of logits at a time: they stay in the last-level cach
 STRIP_COLUMNS = 8192  # at most, for few rows
 FEWEST_COLUMNS = 512  # narrower products lose their speed
 
+_C.isa()  # says at once, and not in the middle of a call, what is wrong with RLHF_KERNELS_ISA
+
 # Logits that a backward has used up, for the next tile of the same call: fresh pages cost more than writing to them.
 _spare: WeakKeyDictionary[Head, list[Tensor]] = WeakKeyDictionary()
-# What the last call left, for the next one, unless the system needs the memory more.
+# What the last call left, for the next one, unless the system needs the memory more. Calls of other threads find and
+# leave tensors here at any moment, so a list is never looked at first: what ``pop`` gives is nobody else's.
 _offered: list[Tensor] = []
 
 
@@ -127,11 +131,17 @@ def _logits(head: Head, n: int, rows: Rows) -> Tensor:
     """[n, V], uninitialized; in pages that were used before, where they suffice. Those that do not are given back."""
     numbers = n * rows.vocab
     for pool in (_spare.get(head, []), _offered):
-        while pool:
-            old = torch.empty(0, dtype=rows.dtype).set_(pool.pop().untyped_storage())
+        for z in _taken(pool):
+            old = torch.empty(0, dtype=rows.dtype).set_(z.untyped_storage())
             if old.numel() >= numbers:
                 return old[:numbers].view(n, rows.vocab)
     return torch.empty(n, rows.vocab, dtype=rows.dtype)
+
+
+def _taken(pool: list[Tensor]) -> Iterator[Tensor]:
+    with suppress(IndexError):
+        while True:
+            yield pool.pop()
 
 
 def _offer(spare: list[Tensor]) -> None:

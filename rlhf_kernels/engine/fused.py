@@ -138,7 +138,7 @@ class _FusedLoss(torch.autograd.Function):
         metrics.update(found)
         if any(wanted):
             ctx.save_for_backward(hidden, weight, bias)
-            ctx.call, ctx.batch, ctx.wanted, ctx.grads = call, batch, wanted, grads
+            ctx.call, ctx.batch, ctx.wanted, ctx.found = call, batch, wanted, {"grads": grads}
         return loss
 
     jvp = staticmethod(refuse_tangents)
@@ -147,7 +147,8 @@ class _FusedLoss(torch.autograd.Function):
     @first_derivative
     def backward(ctx: Any, saved: tuple[Tensor, ...], upstream: Tensor):
         call: Call = ctx.call
-        grads, ctx.grads = ctx.grads, None  # handed over, not kept: gradients as large as the head exist once
+        # handed over, not kept: gradients as large as the head exist once, and one thread has them
+        grads: Gradients | None = ctx.found.pop("grads", None)
         if call.weight_grad is not None and ctx.wanted[1]:
             if grads is None:
                 raise RuntimeError("weight_grad: got a second backward, wants one; the gradient has been added already")

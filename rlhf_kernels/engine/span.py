@@ -124,7 +124,8 @@ class Span:
         else:
             # half the budget remembers, the other half is where the rest will be computed once more
             pieces, self.stash = _pieces(start, stop, max(1, budget // 2)), 1 if budget > 1 else 0
-        self.pieces: list[tuple[int, int, Any]] = []
+        self.pieces: list[tuple[int, int]] = []
+        self.residuals: dict[int, Any] = {}  # by the first row of their piece
         parts: list[TokenStats] = []
         for i, (a, b) in enumerate(pieces):
             with _within_budget(call):
@@ -132,18 +133,19 @@ class Span:
                 stats, residual = call.backend.forward(tile) if keeps else (call.backend.score(tile), None)
             if call.checks and b > a:
                 explain(stats, call.head, call.reference, i == 0)
-            self.pieces.append((a, b, residual))
+            self.pieces.append((a, b))
+            self.residuals[a] = residual
             parts.append(stats)
         self.stats = parts[0] if len(parts) == 1 else _joined(parts)
 
     def backward(self, grads: Grads, into: Gradients) -> None:
         """Add the gradients of these rows; rows whose gradient is exactly zero are skipped. Uses up the residuals."""
-        for a, b, residual in self.pieces:
+        for a, b in self.pieces:
+            residual = self.residuals.pop(a, None)  # backward may run in several threads at once: one of them gets it
             part = slice(a - self.start, b - self.start)
             here = grads.each(lambda g, part=part: g[part])
             with _within_budget(self.call):
                 self._piece(a, b, residual, self.stats.each(lambda x, part=part: x[part]), here, into)
-        self.pieces = [(a, b, None) for a, b, _ in self.pieces]
 
     def _piece(self, a: int, b: int, residual: Any, stats: TokenStats, grads: Grads, into: Gradients) -> None:
         call = self.call
