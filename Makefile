@@ -10,7 +10,7 @@ INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraint
 # libgomp spins while it waits; on a busy machine that turns microseconds into milliseconds
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-all test-peers lint bench docs wheels clean
+.PHONY: demo test test-isa test-sanitize test-all test-peers lint bench docs wheels clean
 
 demo: $(TRAIN)
 	$(VENV)/bin/rlhf-train demo --out runs/demo --overwrite
@@ -20,10 +20,25 @@ demo: $(TRAIN)
 INTERPRETED := tests/test_token_stats.py tests/test_numerics.py tests/test_fused_loss.py tests/test_every_loss.py \
                tests/test_tolerance.py tests/gpu
 
+# What judges the native backend.
+NATIVE := $(wildcard tests/test_native*.py) tests/test_isa.py tests/test_threads.py tests/test_token_stats.py \
+          tests/test_numerics.py tests/test_fused_loss.py tests/test_every_loss.py tests/test_losses.py \
+          tests/test_autograd.py tests/test_max_targets.py tests/test_gae.py tests/test_tolerance.py \
+          tests/test_tolerance_share.py
+
 # one thread per test process: two processes keep two cores busy
 test: $(TEST)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(INTERPRETED)
+	@$(MAKE) --no-print-directory test-isa
+
+# the native backend as an older CPU would run it: RLHF_KERNELS_ISA caps the instruction set
+test-isa: $(TEST)
+	@OMP_NUM_THREADS=1 .ci/isas lower $(PY) $(PY) -m pytest -q -n 2 -k "not eager" $(NATIVE)
+
+# the native backend under AddressSanitizer and UndefinedBehaviorSanitizer; wants gcc
+test-sanitize: $(TEST)
+	.ci/sanitize $(PY) $(NATIVE)
 
 # and what takes long
 test-all: test

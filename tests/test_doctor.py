@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,8 @@ def test_what_is_found_here_is_true(tmp_path: Path):
     machine = doctor_probe.examine(tmp_path / "not" / "yet")
     assert machine.versions["torch"] == torch.__version__
     assert machine.backends == rk.backends()
+    if machine.backends["native"] == "ok":
+        assert f"ok, {import_module('rlhf_kernels._C').isa()}\n" in screen(machine, [])
     assert machine.cores == len(os.sched_getaffinity(0))
     assert machine.free_disk == pytest.approx(shutil.disk_usage(tmp_path).free / 1e9, rel=0.05)
     assert 0 < machine.free_memory <= machine.memory

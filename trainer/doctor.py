@@ -61,6 +61,8 @@ class Machine(NamedTuple):
     """Billion operations per second of a product of matrices, by dtype."""
     region: tuple[float, float]
     """Time of a small parallel region with one thread, and with all of them."""
+    isa: str = ""
+    """The instruction set of the C++ kernels; empty where they do not run."""
 
 
 def main(argv: Sequence[str], prog: str = "rlhf-train doctor") -> int:
@@ -183,7 +185,9 @@ def screen(m: Machine, found: Sequence[Advice]) -> str:
         ("GPU", ", ".join(m.gpus) or "none"),
         *((f"product in {dtype}", f"{speed:.0f} Gflop/s") for dtype, speed in m.matmul.items()),
     ]  # fmt: skip
-    kernels = [(name, state) for name, state in m.backends.items()]
+    kernels = [
+        (name, f"{state}, {m.isa}" if name == "native" and m.isa else state) for name, state in m.backends.items()
+    ]
     tables = [("Software", have + lack), ("Machine", machine), ("Kernels", kernels)]
     parts = ["\n".join(line[:80] for line in plain_table(*table).split("\n")) for table in tables]
     notes = [("MUST: " if a.blocking else "") + a.text for a in found] or ["Nothing to be done."]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -35,8 +36,14 @@ def examine(out: Path) -> Machine:
         load=os.getloadavg()[0], threads=torch.get_num_threads(), spin=spin or "the default, which is long",
         memory=memory, free_memory=free, free_disk=free_disk(out), folder=str(out),
         matmul={str(dtype).removeprefix("torch."): _speed(dtype) for dtype in (torch.float32, torch.bfloat16)},
-        region=_regions(),
+        region=_regions(), isa=_isa(),
     )  # fmt: skip
+
+
+def _isa() -> str:
+    if rk.backends()["native"] != "ok":
+        return ""
+    return import_module("rlhf_kernels._C").isa()
 
 
 def quota(folder: Path) -> float | None:

@@ -1,4 +1,6 @@
-// Which of the compiled instruction sets runs: the best one that this machine has, or one that a test asks for.
+// Which of the compiled instruction sets runs: the best one that this machine has and the environment variable
+// RLHF_KERNELS_ISA allows, or one that a test asks for. The variable is read once; a name that it does not know is a
+// std::invalid_argument of every function here.
 #pragma once
 #include <string>
 #include <vector>
@@ -6,7 +8,7 @@
 namespace rlhf {
 
 std::string isa();
-std::vector<std::string> isas();  // those that were compiled and run here, best last
+std::vector<std::string> isas();  // those that were compiled, run here and are allowed, best last
 void set_isa(const std::string& name);
 
 }  // namespace rlhf

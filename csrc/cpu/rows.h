@@ -6,14 +6,17 @@
 namespace rlhf {
 inline namespace RLHF_ISA {
 
-// Elements of a row at a time: few enough that 64 of them meet in each lane of a sum in T, before it goes on in double.
+// Partial sums of a row: a vector of floats. Which of them an element joins is written out below, so that neither numbers
+// nor their accuracy are up to the compiler.
 #if defined(__AVX512F__)
-constexpr int64_t BLOCK = 1024;
+constexpr int64_t LANES = 16;
 #elif defined(__AVX2__)
-constexpr int64_t BLOCK = 512;
+constexpr int64_t LANES = 8;
 #else
-constexpr int64_t BLOCK = 256;
+constexpr int64_t LANES = 4;
 #endif
+constexpr int64_t DEPTH = 64;             // elements that meet in a lane, in T, before it goes on in double
+constexpr int64_t BLOCK = DEPTH * LANES;  // of a row at a time
 
 template <class T>
 inline const T* as(const void* p) {
@@ -76,29 +79,57 @@ inline T largest(const T* z, int64_t count) {
   return most;
 }
 
+template <class T>
+struct Lanes {
+  T of[LANES] = {};
+
+  double sum() const {
+    double half[LANES / 2];
+#pragma omp simd
+    for (int64_t i = 0; i < LANES / 2; ++i) half[i] = double(of[i]) + double(of[i + LANES / 2]);
+    for (int64_t left = LANES / 4; left > 0; left /= 2)
+      for (int64_t i = 0; i < left; ++i) half[i] += half[i + left];
+    return half[0];
+  }
+};
+
+// What one element adds to one lane of each sum.
+template <class T>
+struct BlockSums {
+  Lanes<T> rest, slope, ties, mean;  // the mean of a lane cannot overflow where its sum would
+
+  void add(int64_t lane, T z, T most) {
+    T d = at_least(z - most, T(-1000));  // 0 * inf is not wanted below
+    T e = exp_nonpositive(d);
+    ties.of[lane] += d == 0 ? T(1) : T(0);
+    rest.of[lane] += d == 0 ? T(0) : e;
+    slope.of[lane] += e * d;
+    mean.of[lane] += z * (T(1) / DEPTH);
+  }
+};
+
 // Add a block of logits to the sums; with `other`, the gap to a second head's logits too.
 template <class T>
 inline void push_block(Partial& p, const T* z, const T* other, int64_t count) {
   double most = largest(z, count);
   if (most > p.most) p = raised(p, most);
-  T total = 0;
   if (p.most == -INFINITY) {
+    T total = 0;
     for (int64_t i = 0; i < count; ++i) total += z[i];
     p.total += total;
     if (total != total) p.rest = p.total;  // a NaN is nobody's maximum; it must not get lost
     return;
   }
-  T m = T(p.most), rest = 0, slope = 0, ties = 0;
-#pragma omp simd reduction(+ : rest, slope, ties, total)
-  for (int64_t i = 0; i < count; ++i) {
-    T d = at_least(z[i] - m, T(-1000));  // 0 * inf is not wanted below
-    T e = exp_nonpositive(d);
-    ties += d == 0 ? T(1) : T(0);
-    rest += d == 0 ? T(0) : e;
-    slope += e * d;
-    total += z[i];
+  const T m = T(p.most);
+  const int64_t full = count / LANES * LANES;
+  BlockSums<T> sums;
+  for (int64_t i = 0; i < full; i += LANES) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < LANES; ++lane) sums.add(lane, z[i + lane], m);
   }
-  p.ties += ties, p.rest += rest, p.slope += slope, p.total += total;
+  for (int64_t i = full; i < count; ++i) sums.add(i - full, z[i], m);
+  p.ties += sums.ties.sum(), p.rest += sums.rest.sum(), p.slope += sums.slope.sum();
+  p.total += sums.mean.sum() * DEPTH;
   if (!other) return;
   double gap = 0;
 #pragma omp simd reduction(+ : gap)
