@@ -7,6 +7,7 @@ python -m benchmarks.report RUN.json [MORE.json ...] --figures docs/bench   # an
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
@@ -62,6 +63,11 @@ def commit() -> str | None:
     return found.stdout.strip() + ("+" if changed.returncode else "")
 
 
+def instruction_set() -> str | None:
+    """That of the native backend, which a machine's flags or RLHF_KERNELS_ISA decide; None without the extension."""
+    return importlib.import_module("rlhf_kernels._C").isa() if rk.backends()["native"] == "ok" else None
+
+
 def environment(threads: int, max_bytes: int | None, device: str = "cpu") -> Row:
     """Where this was measured. No date: the same machine and versions should give the same file."""
     versions = {"python": platform.python_version(), "rlhf_kernels": rk.__version__}
@@ -83,6 +89,9 @@ def environment(threads: int, max_bytes: int | None, device: str = "cpu") -> Row
         "commit": commit(),
         "versions": versions,
         "cpu": fields.get("model name", platform.processor()),
+        # a virtual machine may not name its processor, but it numbers it
+        "cpu_model": ", ".join(f"{name} {fields[name]}" for name in ("cpu family", "model") if name in fields),
+        "isa": instruction_set(),
         "cpu_flags": {flag: flag in flags for flag in WATCHED_FLAGS},
         "threads": threads,
         "load_before": round(os.getloadavg()[0], 2),
@@ -178,14 +187,16 @@ def markdown(rows: Iterable[Row]) -> str:
 
 
 def heading(environment: Row) -> str:
+    cpu = ", ".join(filter(None, (environment["cpu"], environment.get("cpu_model"))))  # older files lack the second
     flags = ", ".join(name for name, there in environment["cpu_flags"].items() if there) or "no vector flags known"
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
     device = environment.get("device", "cpu")
-    where = ("" if device == "cpu" else f"{device}; ") + f"{environment['cpu']} ({flags})"
+    where = ("" if device == "cpu" else f"{device}; ") + f"{cpu} ({flags})"
     return (
         f"{where}, {environment['threads']} threads, load {environment['load_before']} before; "
-        f"commit {environment.get('commit') or 'unknown'}; {versions}; our backends {environment['backends']}, byte "
-        f"budget {environment['max_bytes'] / 2**20:.0f} MiB. Ratios are paired by round, below one is faster; errors "
+        f"commit {environment.get('commit') or 'unknown'}; {versions}; our backends {environment['backends']}, "
+        f"native on {environment.get('isa') or 'unknown'}, byte budget {environment['max_bytes'] / 2**20:.0f} MiB. "
+        "Ratios are paired by round, below one is faster; errors "
         "are distances from float64 (gradients: relative L2 / largest over largest)."
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -56,6 +57,10 @@ def test_the_command_measures_every_op_and_we_pass_its_gate(tmp_path):
     assert run["environment"]["threads"] == 1
     assert run["environment"]["max_bytes"] > 0
     assert "avx512_bf16" in run["environment"]["cpu_flags"]
+    if run["environment"]["backends"]["native"] == "ok":
+        assert run["environment"]["isa"] == importlib.import_module("rlhf_kernels._C").isa()
+        assert f"native on {run['environment']['isa']}" in done.stdout
+    assert run["environment"]["cpu_model"] in done.stdout
     assert "| **rk.ppo_loss** |" in done.stdout
 
 
