@@ -10,7 +10,7 @@ INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraint
 # libgomp spins while it waits; on a busy machine that turns microseconds into milliseconds
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-isa test-sanitize test-all test-peers lint bench docs wheels clean
+.PHONY: demo test test-isa test-sanitize test-fuzz test-all test-peers lint bench docs wheels clean
 
 demo: $(TRAIN)
 	$(VENV)/bin/rlhf-train demo --out runs/demo --overwrite
@@ -39,6 +39,10 @@ test-isa: $(TEST)
 # the native backend under AddressSanitizer and UndefinedBehaviorSanitizer; wants gcc
 test-sanitize: $(TEST)
 	.ci/sanitize $(PY) $(NATIVE)
+
+# random calls of every public function: a right answer, or one error that names the argument
+test-fuzz: $(TEST)
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --calls 5000
 
 # and what takes long
 test-all: test
