@@ -94,7 +94,9 @@ def test_two_processes_train_and_sample_what_one_does(tmp_path, stages):
     shared_sampling(*(json.loads((tmp_path / f"sampled-{rank}.json").read_text()) for rank in (0, 1)))
 
 
-def test_killed_on_two_ranks_and_resumed_on_one(tmp_path):
+@pytest.mark.parametrize("many", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_on_two_ranks_and_resumed(tmp_path, many):
+    """On one; or on two, of which the second reads the checkpoints of the first."""
     world(tmp_path)
     steps = ("--steps", "40", "--save-every", "1")
     run_stage(config("sft", tmp_path, tmp_path / "alone", steps=40))
@@ -105,7 +107,11 @@ def test_killed_on_two_ranks_and_resumed_on_one(tmp_path):
     kill(pair)
     done = len(lines(tmp_path / "run" / "metrics.jsonl"))
     assert 0 < done < 40, "it should have been killed on its way"
-    assert main(["resume", str(tmp_path / "run")]) == 0
+    if many == 1:
+        assert main(["resume", str(tmp_path / "run")]) == 0
+    else:
+        finish(torchrun("trainer", "resume", str(tmp_path / "run")))
+        assert not (tmp_path / "run" / "checkpoints").exists()
     same_weights(tmp_path / "alone", tmp_path / "run")
 
 
