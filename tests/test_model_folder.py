@@ -1,4 +1,4 @@
-"""The folder of a model: nothing in it is run, it is whole or refused, and a new model costs nobody's files."""
+"""The folder of a model: nothing in it is run, and it is whole or refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import logging
 import logging.handlers
 import os
 import pickle
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +17,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers.integrations import hub_kernels
 
-from tests.trainer_worlds import small_policy, small_scalar, write
-from trainer import cli, model_files
+from tests.folder_worlds import LAYER, change, reweigh, sft
+from tests.trainer_worlds import small_policy, write
+from trainer import model_files
 from trainer.chat import ChatTemplate, render_for
 from trainer.inspect_data import inspect
 from trainer.models import load_policy, load_scalar
-from trainer.rewards import reward_from
-
-ROOT = Path(__file__).parents[1]
-LAYER = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture
@@ -38,33 +34,12 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.fixture
-def reward(tmp_path: Path) -> Path:
-    small_scalar().save(tmp_path / "reward")
-    return tmp_path / "reward"
-
-
-def change(file: Path, **settings: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-
-
-def reweigh(folder: Path, how: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-    weights = how(load_file(folder / "model.safetensors"))
-    save_file({k: x.clone() for k, x in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def sft(model: Path, *more: str) -> int:
-    data = write(model.parent / "d.jsonl", [{"prompt": "a", "response": "b"}] * 4)
-    options = ("--steps", "1", "--batch-size", "2", "--quiet", "--out", str(model.parent / "out"))
-    return cli.main(["sft", "--model", str(model), "--data", str(data), *options, *more])
-
-
 # Code
 
 
 def test_every_call_that_reads_a_model_forbids_its_code() -> None:
     calls = []
-    for file in sorted((ROOT / "trainer").glob("*.py")):
+    for file in sorted((Path(__file__).parents[1] / "trainer").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             name = getattr(node.func, "attr", "") if isinstance(node, ast.Call) else ""
             if isinstance(node, ast.Call) and name in ("from_pretrained", "from_config"):
@@ -271,118 +246,3 @@ def test_what_training_would_not_change_is_refused(kind: str, model: Path) -> No
         (model / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/base"}')
     with pytest.raises(ValueError, match=f"^model: .* is {kind} "):
         load_policy(str(model))
-
-
-# Heads
-
-
-def test_who_judges_has_learnt_to(reward: Path, model: Path) -> None:
-    """A head is drawn where one is to be trained, and nowhere else."""
-    options: dict[str, Any] = {"max_length": 64, "max_tokens": 1000, "device": torch.device("cpu")}
-    reward_from(str(reward), small_policy().tokenizer, **options)
-    with pytest.raises(ValueError, match=r"model: .* is LlamaForCausalLM and has no head that scores, want a reward"):
-        reward_from(str(model), small_policy().tokenizer, **options)
-    assert load_scalar(str(model), torch.Generator().manual_seed(0)).head.out_features == 1
-    reweigh(reward, lambda x: {k: v for k, v in x.items() if k != "score.weight"})
-    for generator in (None, torch.Generator()):
-        with pytest.raises(ValueError, match=r"1 missing \(score\.weight\)"):
-            load_scalar(str(reward), generator)
-
-
-def test_a_classifier_is_no_reward_model_and_a_reward_model_no_policy(reward: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"1 missing \(lm_head\.weight\); 1 unknown \(score\.weight\)"):
-        load_policy(str(reward))
-    config = transformers.LlamaConfig(**small_policy().model.config.to_dict() | {"num_labels": 3})
-    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "three")
-    small_policy().tokenizer.save_pretrained(tmp_path / "three")
-    with pytest.raises(ValueError, match="want one linear head with one output"):
-        load_scalar(str(tmp_path / "three"))
-
-
-# Damage
-
-DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "no JSON": lambda m: (m / "config.json").write_text("{"),
-    "a list": lambda m: (m / "config.json").write_text("[]"),
-    "no heads": lambda m: change(m / "config.json", num_attention_heads=0),
-    "a text for a number": lambda m: change(m / "config.json", hidden_size="wide"),
-    "cut short": lambda m: os.truncate(m / "model.safetensors", 1000),
-    "empty": lambda m: (m / "model.safetensors").write_bytes(b""),
-    "a web page": lambda m: (m / "model.safetensors").write_text("<!doctype html><title>log in</title>" * 9),
-    "half a tokenizer": lambda m: os.truncate(m / "tokenizer.json", 100),
-    "no weights": lambda m: (m / "model.safetensors").unlink(),
-    "nothing": shutil.rmtree,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_broken_model_costs_one_line(damage: str, model: Path, capfd: Any) -> None:
-    DAMAGES[damage](model)
-    assert sft(model) == 2
-    said = capfd.readouterr().err
-    assert said.startswith("rlhf-train: model: ")
-    assert said.count("\n") == 1
-    assert str(model) in said
-
-
-# Saving
-
-
-def test_a_new_model_costs_nobody_his_files(model: Path) -> None:
-    """Those that are the model go, stale shards among them; a card, notes and other formats stay."""
-    theirs = {"README.md": "card", "pytorch_model.bin": "theirs", "onnx/model.onnx": "graph"}
-    for name, text in theirs.items():
-        (model / name).parent.mkdir(exist_ok=True)
-        (model / name).write_text(text)
-    (model / "latest").symlink_to("README.md")
-    for stale in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja"):
-        (model / stale).write_text("stale")
-    small_policy(1).save(model)
-    assert {name: (model / name).read_text() for name in theirs} == theirs
-    assert os.readlink(model / "latest") == "README.md"
-    assert not any("stale" in f.read_text(errors="replace") for f in model.glob("*.json"))
-    assert not list(model.glob("model-*")) + list(model.glob("chat_template*"))
-    assert torch.equal(load_policy(str(model)).weight, small_policy(1).weight)
-    assert [p.name for p in model.parent.iterdir()] == ["model"]
-
-
-def test_a_backup_beside_a_model_stays(model: Path) -> None:
-    for name in ("model.old", "model.saving", "model.tmp"):
-        shutil.copytree(model, model.with_name(name))
-    small_policy(1).save(model)
-    for name in ("model.old", "model.saving", "model.tmp"):
-        assert torch.equal(load_policy(str(model.with_name(name))).weight, small_policy(0).weight)
-
-
-def test_a_link_to_another_disk_stays_one(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "model").symlink_to(tmp_path / "scratch")
-    for seed in (0, 1):
-        small_policy(seed).save(tmp_path / "run" / "model")
-        assert os.readlink(tmp_path / "run" / "model") == str(tmp_path / "scratch")
-        assert torch.equal(load_policy(str(tmp_path / "scratch")).weight, small_policy(seed).weight)
-
-
-@pytest.mark.parametrize("moment", [0, 1, 2])
-def test_whoever_dies_while_saving_loses_nothing(moment: int, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before, between and after the two renames."""
-    (model / "README.md").write_text("card")
-    rename, calls = Path.rename, iter(range(9))
-
-    def dies(self: Path, target: Any) -> Path:
-        if next(calls) == moment:
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", dies)
-        if moment == 2:
-            patch.setattr(shutil, "rmtree", lambda path, **_: None)
-        try:
-            small_policy(1).save(model)
-        except KeyboardInterrupt:
-            assert moment < 2
-    small_policy(2).save(model)
-    assert (model / "README.md").read_text() == "card"
-    assert torch.equal(load_policy(str(model)).weight, small_policy(2).weight)
-    assert [p.name for p in model.parent.iterdir()] == ["model"]

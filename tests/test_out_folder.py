@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +14,13 @@ import torch
 pytest.importorskip("yaml")
 pytest.importorskip("tyro")
 from tests.fault_worlds import Stopper, config, stopped_at, train, world
+from tests.folder_worlds import THEIRS, commands, marked, one_line, put, seen
 from tests.pipeline_worlds import Cut, environment, written  # noqa: F401 (a fixture)
-from tests.trainer_worlds import small_policy, write
-from trainer import cli, ranks, report, run_folder
+from tests.trainer_worlds import small_policy
+from trainer import cli, report, run_folder
 from trainer.checkpoint import Checkpoints
-from trainer.evaluation import EvalConfig
 from trainer.guard import save_batch
-from trainer.inspect_data import main as inspect
-from trainer.log import RunLog
 from trainer.models import load_policy
-from trainer.session import Session
-from trainer.split import SplitConfig
-
-THEIRS = {
-    "checkpoint-500/model.safetensors": "weights", "checkpoints/checkpoint-500/model.safetensors": "weights",
-    "checkpoints/step-0000002/state.json": "{}", "checkpoints/latest.json": "{}", "model/precious.bin": "weights",
-    "model/model.safetensors": "weights", "model.old/model.safetensors": "weights", "value/notes.txt": "notes",
-    "samples.jsonl": '{"a": 1}\n', "metrics.jsonl": '{"step": 1}\n', "report.html": "<html>mine</html>",
-    "summary.json": "{}", "not_finite/a.txt": "a", "resolved.yaml": "# of another program\nstage: sft\nlr: 1\n",
-    "train.jsonl": "{}", "data/prompts.jsonl": "{}", "sft/model/model.safetensors": "weights",
-}  # fmt: skip
-"""What other trainers, and people, leave behind, under names that are ours too."""
 
 
 @pytest.fixture(scope="module")
@@ -50,38 +33,6 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stopper(monkeypatch: pytest.MonkeyPatch) -> Stopper:
     return Stopper(monkeypatch)
-
-
-def put(folder: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-
-
-def seen(folder: Path) -> dict[str, Any]:
-    """Every file and folder, with its bytes and the time of its last change."""
-    return {
-        str(p.relative_to(folder)): (p.read_bytes() if p.is_file() else None, p.lstat().st_mtime_ns)
-        for p in folder.rglob("*")
-    }
-
-
-def commands(here: Path) -> dict[str, list[str]]:
-    model, few = ["--model", str(here / "base")], ["--steps", "1", "--batch-size", "2", "--quiet"]
-    return {
-        "sft": ["sft", *model, "--data", str(here / "sft.jsonl"), *few],
-        "ppo": ["ppo", *model, "--data", str(here / "prompts.jsonl"), "--reward", "exact_answer", *few],
-        "split": ["split", "--data", str(here / "sft.jsonl"), "--quiet"],
-        "eval": ["eval", *model, "--lm-data", str(here / "sft.jsonl"), "--quiet"],
-        "demo": ["demo", "--sft-steps", "1", "--quiet"],
-    }
-
-
-def one_line(capfd: Any, *words: str) -> None:
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1, said
-    for word in ("rlhf-train: ", *words):
-        assert word in said, said
 
 
 # Folders of others
@@ -123,13 +74,6 @@ def test_a_pipeline_looks_at_all_its_folders_first(where: str, here: Path, tmp_p
     assert cli.main(argv) == 2
     one_line(capfd, f"out: {out / where} holds")
     assert seen(out) == before
-
-
-def marked(out: Path) -> Path:
-    """A folder in which a run of ours began, and did nothing."""
-    text = f"# rlhf-train sft\n# {cli.version()}\nstage: sft\n"
-    put(out, {"resolved.yaml": text})
-    return out
 
 
 def test_what_others_put_into_ours_survives(here: Path, tmp_path: Path) -> None:
@@ -279,173 +223,3 @@ def test_a_disk_that_is_not_there_yet(tmp_path: Path) -> None:
     assert found.names() == []
     found.save("step-0000001", {}, {"x": {"a": torch.ones(1)}})
     assert (tmp_path / "later" / "step-0000001").is_dir()
-
-
-# Inputs
-
-BASE, OTHER = "runs/base", "runs/other"
-READS: dict[str, Callable[[Path], tuple[dict[str, Any], Path]]] = {
-    "the run folder itself": lambda p: ({"model": str(p / BASE)}, p / BASE),
-    "its model": lambda p: ({"model": str(p / BASE / "model")}, p / BASE),
-    "dots": lambda p: ({"model": str(p / "runs" / ".." / BASE)}, p / "runs" / "x" / ".." / "base"),
-    "a link to the folder": lambda p: ({"model": str(p / "link")}, p / BASE),
-    "a link for out": lambda p: ({"model": str(p / BASE)}, p / "link"),
-    "a link in out": lambda p: ({"model": str(p / "plain")}, p / "linked"),
-    "out in the model": lambda p: ({"model": str(p / "plain")}, p / "plain" / "run"),
-    "the model in what is written": lambda p: ({"model": str(p / "deep" / "model" / "best")}, p / "deep"),
-    "the model among checkpoints": lambda p: ({"model": str(p / "deep" / "checkpoints" / "best")}, p / "deep"),
-    "a value model": lambda p: ({"value_model": str(p / OTHER)}, p / OTHER),
-    "one reward of several": lambda p: ({"reward": (f"a={p / BASE},{p / OTHER}@0.5", "exact_answer")}, p / OTHER),
-    "the first reward": lambda p: ({"reward": str(p / BASE)}, p / BASE),
-}  # fmt: skip
-
-
-@pytest.fixture
-def models(tmp_path: Path) -> Path:
-    for seed, name in enumerate(
-        (f"{BASE}/model", f"{OTHER}/model", "plain", "deep/model/best", "deep/checkpoints/best")
-    ):
-        small_policy(seed).save(tmp_path / name)
-    (tmp_path / "link").symlink_to(tmp_path / BASE)
-    (tmp_path / "runs" / "x").mkdir()
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "linked" / "model").symlink_to("../plain")
-    return tmp_path
-
-
-@pytest.mark.parametrize("name", READS)
-def test_an_input_is_not_written_over(name: str, here: Path, models: Path) -> None:
-    changes, out = READS[name](models)
-    marked(out)
-    before = seen(models)
-    cfg = config("ppo", here, out, **changes)
-    for attempt in (lambda: train(cfg), lambda: run_folder.claim(out, overwrite=True, reads=[cfg])):
-        with pytest.raises(ValueError, match=rf"^{next(iter(changes))}: .* is an input, and the run would write"):
-            attempt()
-    assert seen(models) == before
-
-
-def test_by_a_relative_name(models: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(models / BASE)
-    marked(Path())
-    for model in ("model", "./model", ".", "../base", "../../link"):
-        with pytest.raises(ValueError, match=r"^model: .* is an input"):
-            run_folder.refuse_inputs(config("sft", here, Path(), model=model))
-    with pytest.raises(ValueError, match=r"^judge: .* is an input"):
-        run_folder.refuse_inputs(EvalConfig(model="elsewhere", judge="../base", out=Path()))
-
-
-def test_what_lies_elsewhere_is_no_trouble(models: Path, here: Path) -> None:
-    for out in (models / BASE / "next", models / "runs", models / "new", models / OTHER):
-        run_folder.refuse_inputs(config("sft", here, out, model=str(models / BASE)))
-
-
-def test_the_command_line_says_it_before_anything_is_cleared_away(here: Path, tmp_path: Path, capfd: Any) -> None:
-    out = tmp_path / "run"
-    assert cli.main([*commands(here)["sft"], "--out", str(out)]) == 0
-    before = seen(out)
-    capfd.readouterr()
-    argv = [*commands(here)["sft"], "--out", str(out), "--overwrite"]
-    assert cli.main([*argv, "--model", str(out)]) == 2
-    one_line(capfd, "model: ", "is an input")
-    assert cli.main([*argv, "--data", str(out / "metrics.jsonl")]) == 2
-    one_line(capfd, "data: ", "is an input")
-    assert seen(out) == before
-
-
-def test_data_is_an_input_too(tmp_path: Path, capfd: Any) -> None:
-    rows = [{"prompt": str(i), "response": "x"} for i in range(30)]
-    out = marked(tmp_path / "run")
-    data = write(out / "train.jsonl", rows)
-    (tmp_path / "link.jsonl").symlink_to(data)
-    for name in (data, tmp_path / "link.jsonl"):
-        with pytest.raises(ValueError, match=r"^data: .* is an input, and a run writes a file of this name"):
-            run_folder.refuse_inputs(SplitConfig(data=name, out=out))
-    before = data.read_bytes()
-    with pytest.raises(ValueError, match=r"--json: .* is the data itself"):
-        inspect([str(data), "--no-baselines", "--json", str(tmp_path / "link.jsonl")])
-    assert data.read_bytes() == before
-
-
-# What the system says
-
-
-@pytest.mark.parametrize("where", ["a file", "in a file", "where nobody may write"])
-def test_an_out_that_cannot_be_costs_one_line(where: str, here: Path, tmp_path: Path, capfd: Any) -> None:
-    (tmp_path / "file").write_text("x")
-    out = {"a file": tmp_path / "file", "in a file": tmp_path / "file" / "run"}.get(where, Path("/proc/nobody/run"))
-    assert cli.main([*commands(here)["sft"], "--out", str(out)]) == 2
-    one_line(capfd, "file" if "file" in where else "/proc/nobody")
-
-
-def test_a_read_only_folder_costs_one_line(
-    here: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(self: Path, *_: Any, **__: Any) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
-
-    monkeypatch.setattr(Path, "mkdir", refused)
-    assert cli.main([*commands(here)["sft"], "--out", str(tmp_path / "run")]) == 2
-    one_line(capfd, "Permission denied", str(tmp_path / "run"))
-
-
-def test_a_full_disk_names_the_file(here: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(RunLog, "summary", lambda self, _: run_folder and full())
-    assert cli.main([*commands(here)["split"], "--out", str(tmp_path / "a")]) == 2
-    one_line(capfd, "No space left on device")
-    monkeypatch.undo()
-    monkeypatch.setattr(os, "fsync", full)
-    assert cli.main([*commands(here)["split"], "--out", str(tmp_path / "b")]) == 2
-    one_line(capfd, "summary.json could not be written: No space left on device")
-
-
-# Other ranks
-
-
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    return tmp_path / "tmp"
-
-
-@pytest.mark.skipif(ranks.fcntl is None, reason="there are no locks")
-def test_what_a_killed_rank_left_goes_with_the_next_start(temporary: Path, here: Path) -> None:
-    names = {name: f"rlhf-train-rank-{name}" for name in ("deadbeef", "alive___", "young___", "mine", "linked__")}
-    for name in (*names.values(), "rlhf-train-notes"):
-        put(temporary / name, {"run/metrics.jsonl": "x"})
-    shutil.rmtree(temporary / names["linked__"])
-    (temporary / names["linked__"]).symlink_to(here)
-    held, old = ranks._locked(temporary / names["alive___"]), time.time() - 3600
-    for name in os.listdir(temporary):
-        if name != names["young___"]:
-            os.utime(temporary / name, (old, old))
-    assert held is not None
-    cfg = config("sft", here, temporary / "run")
-    assert ranks.placed(cfg) is cfg
-    assert sorted(os.listdir(temporary)) == sorted({*names.values(), "rlhf-train-notes"} - {names["deadbeef"]})
-    os.close(held)
-    ranks.placed(cfg)
-    assert names["alive___"] not in os.listdir(temporary)
-    assert (here / "sft.jsonl").exists()
-
-
-def test_a_rank_locks_its_folder_and_copies_no_weights(
-    temporary: Path, here: Path, tmp_path: Path, stopper: Stopper, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg = config("sft", here, tmp_path / "run", save_every=1)
-    stopped_at(cfg, stopper, 2)
-    small_policy().save(cfg.out / "model")
-    monkeypatch.setattr("atexit.register", lambda *_, **__: None)
-    mine = ranks._own_folder()
-    assert ranks._locked(mine.parent) is None, "it is held already"
-    ranks._look_into(cfg.out, mine)
-    assert sorted(p.name for p in mine.iterdir()) == ["checkpoints", "metrics.jsonl"]
-    assert Checkpoints(mine).latest(print) is not None
-    monkeypatch.setattr(ranks, "mine", lambda: 1)
-    with Session(dataclasses.replace(cfg, out=mine), None, "sft"):
-        pass
-    assert Checkpoints(cfg.out).names() == ["step-0000001", "step-0000002"], "they are the first rank's"

@@ -1,0 +1,145 @@
+"""Models: heads that are none, damage, and saving, which costs nobody a file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.folder_worlds import change, reweigh, sft
+from tests.trainer_worlds import small_policy, small_scalar
+from trainer.models import load_policy, load_scalar
+from trainer.rewards import reward_from
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    small_policy().save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def reward(tmp_path: Path) -> Path:
+    small_scalar().save(tmp_path / "reward")
+    return tmp_path / "reward"
+
+
+# Heads
+
+
+def test_who_judges_has_learnt_to(reward: Path, model: Path) -> None:
+    """A head is drawn where one is to be trained, and nowhere else."""
+    options: dict[str, Any] = {"max_length": 64, "max_tokens": 1000, "device": torch.device("cpu")}
+    reward_from(str(reward), small_policy().tokenizer, **options)
+    with pytest.raises(ValueError, match=r"model: .* is LlamaForCausalLM and has no head that scores, want a reward"):
+        reward_from(str(model), small_policy().tokenizer, **options)
+    assert load_scalar(str(model), torch.Generator().manual_seed(0)).head.out_features == 1
+    reweigh(reward, lambda x: {k: v for k, v in x.items() if k != "score.weight"})
+    for generator in (None, torch.Generator()):
+        with pytest.raises(ValueError, match=r"1 missing \(score\.weight\)"):
+            load_scalar(str(reward), generator)
+
+
+def test_a_classifier_is_no_reward_model_and_a_reward_model_no_policy(reward: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"1 missing \(lm_head\.weight\); 1 unknown \(score\.weight\)"):
+        load_policy(str(reward))
+    config = transformers.LlamaConfig(**small_policy().model.config.to_dict() | {"num_labels": 3})
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "three")
+    small_policy().tokenizer.save_pretrained(tmp_path / "three")
+    with pytest.raises(ValueError, match="want one linear head with one output"):
+        load_scalar(str(tmp_path / "three"))
+
+
+# Damage
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "no JSON": lambda m: (m / "config.json").write_text("{"),
+    "a list": lambda m: (m / "config.json").write_text("[]"),
+    "no heads": lambda m: change(m / "config.json", num_attention_heads=0),
+    "a text for a number": lambda m: change(m / "config.json", hidden_size="wide"),
+    "cut short": lambda m: os.truncate(m / "model.safetensors", 1000),
+    "empty": lambda m: (m / "model.safetensors").write_bytes(b""),
+    "a web page": lambda m: (m / "model.safetensors").write_text("<!doctype html><title>log in</title>" * 9),
+    "half a tokenizer": lambda m: os.truncate(m / "tokenizer.json", 100),
+    "no weights": lambda m: (m / "model.safetensors").unlink(),
+    "nothing": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_model_costs_one_line(damage: str, model: Path, capfd: Any) -> None:
+    DAMAGES[damage](model)
+    assert sft(model) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("rlhf-train: model: ")
+    assert said.count("\n") == 1
+    assert str(model) in said
+
+
+# Saving
+
+
+def test_a_new_model_costs_nobody_his_files(model: Path) -> None:
+    """Those that are the model go, stale shards among them; a card, notes and other formats stay."""
+    theirs = {"README.md": "card", "pytorch_model.bin": "theirs", "onnx/model.onnx": "graph"}
+    for name, text in theirs.items():
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(text)
+    (model / "latest").symlink_to("README.md")
+    for stale in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja"):
+        (model / stale).write_text("stale")
+    small_policy(1).save(model)
+    assert {name: (model / name).read_text() for name in theirs} == theirs
+    assert os.readlink(model / "latest") == "README.md"
+    assert not any("stale" in f.read_text(errors="replace") for f in model.glob("*.json"))
+    assert not list(model.glob("model-*")) + list(model.glob("chat_template*"))
+    assert torch.equal(load_policy(str(model)).weight, small_policy(1).weight)
+    assert [p.name for p in model.parent.iterdir()] == ["model"]
+
+
+def test_a_backup_beside_a_model_stays(model: Path) -> None:
+    for name in ("model.old", "model.saving", "model.tmp"):
+        shutil.copytree(model, model.with_name(name))
+    small_policy(1).save(model)
+    for name in ("model.old", "model.saving", "model.tmp"):
+        assert torch.equal(load_policy(str(model.with_name(name))).weight, small_policy(0).weight)
+
+
+def test_a_link_to_another_disk_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(tmp_path / "scratch")
+    for seed in (0, 1):
+        small_policy(seed).save(tmp_path / "run" / "model")
+        assert os.readlink(tmp_path / "run" / "model") == str(tmp_path / "scratch")
+        assert torch.equal(load_policy(str(tmp_path / "scratch")).weight, small_policy(seed).weight)
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2])
+def test_whoever_dies_while_saving_loses_nothing(moment: int, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, between and after the two renames."""
+    (model / "README.md").write_text("card")
+    rename, calls = Path.rename, iter(range(9))
+
+    def dies(self: Path, target: Any) -> Path:
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dies)
+        if moment == 2:
+            patch.setattr(shutil, "rmtree", lambda path, **_: None)
+        try:
+            small_policy(1).save(model)
+        except KeyboardInterrupt:
+            assert moment < 2
+    small_policy(2).save(model)
+    assert (model / "README.md").read_text() == "card"
+    assert torch.equal(load_policy(str(model)).weight, small_policy(2).weight)
+    assert [p.name for p in model.parent.iterdir()] == ["model"]
