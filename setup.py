@@ -3,7 +3,8 @@
 The row kernels are compiled once per instruction set; which one runs is decided on the machine that imports them.
 Without a compiler, or if compiling fails, the package installs without the extension and runs on the eager backend.
 RLHF_KERNELS_EXT=1 insists on _C, =0 skips it; RLHF_KERNELS_CUDA=1 insists on _cuda, =0 skips it.
-CXX names the compiler, NVCC that for CUDA.
+CXX names the compiler, NVCC that for CUDA. RLHF_KERNELS_FLAGS are more flags for the C++ compiler and linker, which
+come last and so win: "-O1 -g -fsanitize=address". CXXFLAGS is not read: some shells set it, and to less than -O3.
 """
 
 import os
@@ -68,11 +69,13 @@ def escaped(path: object) -> str:
 
 def rules(cxx: list[str], flags: list[str], link: list[str]) -> list[str]:
     """How ninja compiles C++ and links an extension."""
+    more = shlex.split(os.environ.get("RLHF_KERNELS_FLAGS", ""))
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    link = [*link, *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-s"])]
+    strip = [] if more else ["-s"]  # whoever asks for flags may want to see names of functions
+    link = [*link, *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else strip), *more]
     return [
         "rule compile",
-        f"  command = {shlex.join([*cxx, *FLAGS, *flags, *includes])} $isa -MMD -MF $out.d -c $in -o $out",
+        f"  command = {shlex.join([*cxx, *FLAGS, *flags, *more, *includes])} $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",

@@ -29,7 +29,7 @@ inline float exp_nonpositive(float x) {
   q = q * r + 1.66665206e-1f;
   q = q * r + 4.99999934e-1f;
   float e = 1.0f + (r + r * r * q);
-  int32_t bits = (__builtin_bit_cast(int32_t, shifted) << 23) + 0x3f800000;
+  uint32_t bits = (__builtin_bit_cast(uint32_t, shifted) << 23) + 0x3f800000u;  // 2^n
   return x < lowest ? 0.0f : e * __builtin_bit_cast(float, bits);
 }
 
