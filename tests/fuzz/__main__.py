@@ -11,6 +11,7 @@ import time
 import torch
 
 from tests.fuzz.run import make, trial
+from tests.fuzz.show import report
 
 
 def main() -> int:
@@ -25,16 +26,14 @@ def main() -> int:
     torch.use_deterministic_algorithms(True)  # then memory that nobody has written holds NaN
     torch.utils.deterministic.fill_uninitialized_memory = True
     if asked.seed is not None:
-        from tests.fuzz.show import report
-
         verdict, text = trial(asked.seed)
         print(text or report(make(asked.seed), verdict))
         return int(verdict == "fault")
     tally: collections.Counter[str] = collections.Counter()
     began = time.monotonic()
     for seed in range(asked.start, asked.start + asked.calls):
-        if sys.stderr.isatty() or seed % 500 == 0:
-            sys.stderr.write(f"\r{seed} ")  # after a crash the last one is there
+        if sys.stderr.isatty() or seed % 250 == 0:  # after a crash it is there, or not far from there
+            sys.stderr.write(f"\r{seed} ")
         verdict, text = trial(seed)
         tally[verdict] += 1
         if text:

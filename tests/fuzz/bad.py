@@ -32,23 +32,23 @@ ALSO = {
 
 
 def spoil(d: Dice, case: Case, about: str | None = None) -> None:
-    """One change or two; ``about``: of this argument."""
-    for name in (about,) if about else (None,) * d.pick(1, 1, 1, 2):
-        change = one(d, case, name)
-        if change is not None:
-            case.changes.append(change)
+    """One change or two; ``about``: one, of this argument."""
+    for _ in range(1 if about else d.pick(1, 1, 1, 2)):
+        if about is None and d.chance(0.03):
+            case.given["foo"] = d.pick(1, None)
+            found = Change("foo", "no such argument", "must")
+        else:
+            name = about or chosen(d, case)
+            found = change(d, case, name, case.given.get(name, parameters(case.function)[name].default))
+        if found is not None:
+            case.changes.append(found)
 
 
-def one(d: Dice, case: Case, name: str | None = None) -> Change | None:
-    if name is None and d.chance(0.03):
-        case.given["foo"] = d.pick(1, None)
-        return Change("foo", "no such argument", "must")
-    done = {c.name.split("[")[0] for c in case.changes}
-    if name is None:
-        given = [x for x in case.given if x not in done and x != "foo"]
-        name = d.pick(*(given if d.chance(0.7) and given else [x for x in parameters(case.function) if x not in done]))
-    x = case.given.get(name, parameters(case.function)[name].default)
-    return change(d, case, name, x)
+def chosen(d: Dice, case: Case) -> str:
+    """An argument that is given, mostly, and not changed yet."""
+    done = {c.name.split("[")[0] for c in case.changes} | {"foo"}
+    given = [x for x in case.given if x not in done]
+    return d.pick(*(given if given and d.chance(0.7) else [x for x in parameters(case.function) if x not in done]))
 
 
 def change(d: Dice, case: Case, name: str, x: Any) -> Change | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.fuzz.draw import Case, Dice, count, factors
-from tests.fuzz.heads import boundaries, gradients, lengths
+from tests.fuzz.heads import NATIVE, boundaries, gradients, lengths
 from tests.fuzz.losses import alive, reduced
 
 
@@ -201,7 +201,7 @@ def warmup(d: Dice, case: Case) -> None:
     if d.chance(0.4):
         x["device"] = d.pick("cpu", torch.device("cpu"))
     if d.chance(0.7):
-        x["backend"] = d.pick("eager", "native", "auto")
+        x["backend"] = d.pick("eager", NATIVE, "auto")
 
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import reference
+from rlhf_kernels.reference.losses import reduce
 from tests.fuzz import metrics
 
 Args = dict[str, Any]
@@ -94,9 +95,9 @@ def _policy(x: Args) -> Tensor:
     if x.get("token_weight") is not None:
         kl = kl * x["token_weight"].flatten().double().where(metrics.kept_of(x), 0.0)
     y = _reduction(x)
-    over = {k: y.get(k) for k in ("num_tokens", "num_sequences", "cu_seqlens")}
+    over: Args = {k: y.get(k) for k in ("num_tokens", "num_sequences", "cu_seqlens")}
     over |= {"reduction": y.get("reduction", "token_mean"), "ignore_index": x.get("ignore_index", -100)}
-    return plain + coef * reference.losses.reduce(kl, x["targets"].flatten(), **over)
+    return plain + coef * reduce(kl, x["targets"].flatten(), **over)
 
 
 def _reduction(x: Args) -> Args:
