@@ -61,7 +61,7 @@ def shown(log: log.RunLog) -> None:
     """Everything by which a run speaks."""
     with log.start(EVIL, 2) as bar:
         bar.step({EVIL: 1.0})
-        bar.step({"loss": 1.0})
+        bar.step({"loss": 1.0, "".join(STEER): 1.0})
     log.note(EVIL)
     log.table(EVIL, [(EVIL, EVIL), ("a", EVIL)])
     log.samples(EVIL, [{"prompt": EVIL, EVIL: EVIL, "after": "x\ny"}])

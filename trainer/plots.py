@@ -121,7 +121,7 @@ def ticks(low: float, high: float, about: int = 4, *, whole: bool = False) -> li
     [0.0, 0.25, 0.5, 0.75, 1.0]
     """
     if high - low < 1e-9 * max(abs(low), abs(high), 1e-9):
-        pad = abs(low) / 2 if abs(low) > 1e-300 else 1.0
+        pad = abs(low) / 2 or 1.0
         low, high = low - pad, high + pad
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
