@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LARGEST = 2**63 - 1  # of the integers that torch computes with
+LARGEST = 2**63 - 1  # Torch computes with no larger integer.
+CHUNK = 2**20  # How many elements are looked at together where what is looked at may be as large as a head.
 
 
 def show(x: object) -> str:
@@ -241,9 +242,21 @@ def target_arguments(hidden: Tensor, targets: Tensor, per_position: int, aligned
     wants(targets.device == hidden.device, name, targets, f"device {hidden.device}, where {aligned} is")
 
 
+def chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """The rows of a matrix, a few megabytes at a time."""
+    return x.split(max(1, CHUNK // max(1, x.shape[-1])))
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """[N, H] -> [N], in which a NaN or an infinity of a row shows. No mask or copy as large as ``x`` is ever made."""
+    if x.is_cuda or x.dtype in (torch.float32, torch.float64):
+        return x.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.cat([part.sum(-1, dtype=torch.float32) for part in chunks(x)])  # A CPU casts before it sums.
+
+
 def finite_rows(hidden: Tensor, kept: Tensor | None, real: Tensor | None = None) -> None:
-    """Kept hidden states hold numbers. One sum per row: no mask as large as hidden is ever made."""
-    sums = hidden.sum(-1) if hidden.dtype in (torch.float32, torch.float64) else hidden.sum(-1, dtype=torch.float32)
+    """Kept hidden states hold numbers."""
+    sums = row_sums(hidden)
     sums = sums if kept is None else sums[kept]
     sums = sums if real is None else sums.where(real, 0.0)
     holds(

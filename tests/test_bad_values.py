@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels as rk
 
@@ -260,3 +262,34 @@ def test_hidden_states_made_for_inference_cannot_be_trained_on():
     assert rk.sft_loss(hidden, x["weight"], TARGETS).loss.isfinite()
     with pytest.raises(ValueError, match=r"^hidden: .* outside torch\.inference_mode"):
         rk.sft_loss(hidden, x["weight"].requires_grad_(), TARGETS)
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest tensor has that an operation makes, views left out."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+            if out.untyped_storage().data_ptr() not in known:
+                self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reason", ["softcap", "mask", "NaN"])
+def test_to_look_for_bad_values_costs_no_memory(backend, dtype, reason):
+    """A mask or a copy as large as the head would not fit any ``max_bytes``."""
+    hidden, weight = torch.ones(2, 64, dtype=dtype), torch.ones(40_000, 64, dtype=dtype)
+    options: dict[str, Any] = {"softcap": 30.0} if reason == "softcap" else {}
+    if reason == "mask":  # of which the mean in float32 is infinite, so that a reason is looked for
+        options["bias"] = torch.zeros(40_000, dtype=dtype)
+        options["bias"][1:] = torch.finfo(dtype).min
+    if reason == "NaN":
+        weight[3, 3] = math.nan
+    refused = pytest.raises(ValueError, match=r"^weight: ") if reason == "NaN" else nullcontext()
+    with Largest() as seen, torch.no_grad(), refused:
+        rk.token_stats(hidden, weight, torch.tensor([0, 0]), backend=backend, **options)
+    assert 0 < seen.elements <= weight.numel() // 2
