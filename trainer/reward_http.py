@@ -1,20 +1,20 @@
 """A reward that lives behind an HTTP address.
 
-What answers may be slow, broken or worse, so nothing of it is taken on trust: an answer has one deadline, from the
-connection to the last byte, a size, and a form. The request goes to the address that was named and nowhere else:
+What answers may be slow, broken or worse, so nothing of it is taken on trust: an answer has one deadline to its last
+byte, a size, and a form. The request goes to the address that was named and nowhere else:
 neither redirects nor the environment's proxies nor .netrc are followed.
 """
 
 from __future__ import annotations
 
 import http.client
-import io
 import json
 import math
 import socket
-import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from trainer.address import Address, read, redacted
@@ -47,7 +47,7 @@ def endpoint(
 
     Args:
         url: ``http://`` or ``https://``; ``${REWARD_...}`` in it stands for a variable of the environment.
-        timeout: Seconds for one answer, all of it. (Names are looked up by the system, which has its own patience.)
+        timeout: Seconds for one answer, all of it. To look its name up, and to be connected, comes before.
         wait: Seconds before the second try; doubled after each. ``Retry-After`` is heeded, up to ``timeout``.
 
     Raises:
@@ -143,114 +143,57 @@ def _short(error: Exception) -> str:
 
 
 def _exchanged(address: Address, body: bytes, deadline: float) -> tuple[int, str, float, bytes]:
-    """Status, what is told about it, seconds to wait, and of a good answer all of it, or more than is wanted."""
-    connection = Connection(address, deadline)
+    """Status, what is told about it, seconds to wait, and of a good answer all of it, or more than is wanted.
+
+    A socket's own timeout begins anew with each byte that arrives, so that a server could be waited for without end.
+    Therefore an alarm ends the connection at the deadline, whatever is being read or written.
+    """
+    kind, port = (http.client.HTTPSConnection, 443) if address.secure else (http.client.HTTPConnection, 80)
+    connection = kind(address.host, address.port or port, timeout=_left(deadline))
+    connection.connect()
+    alarm = threading.Timer(_left(deadline), _hang_up, [connection.sock])
+    alarm.daemon = True
+    alarm.start()
     try:
         connection.request("POST", address.target, body, {"Content-Type": "application/json"} | address.headers)
         answer = connection.getresponse()
-        if answer.status < 300:
-            found = answer.read(LARGEST + 1)
-            if answer.length and len(found) <= LARGEST:
-                raise http.client.IncompleteRead(found, answer.length)
-            return answer.status, "", 0.0, found
-        told = address.hide(_told(answer))
-        return answer.status, told, _seconds(answer.getheader("Retry-After")), b""
+        found = answer.read(LARGEST + 1) if answer.status < 300 else _about(answer)
+        late = time.monotonic() >= deadline  # What was cut off by the alarm looks like an answer that has ended.
+        if answer.status >= 300:
+            told = answer.reason if late else found.decode(errors="replace") or answer.reason
+            return answer.status, address.hide(told), _seconds(answer.getheader("Retry-After")), b""
+        if late:
+            raise TimeoutError
+        if answer.length and len(found) <= LARGEST:
+            raise http.client.IncompleteRead(found, answer.length)
+        return answer.status, "", 0.0, found
     finally:
-        connection.end()
+        alarm.cancel()
+        connection.close()
 
 
-def _told(answer: http.client.HTTPResponse) -> str:
+def _hang_up(plain: socket.socket) -> None:
+    with suppress(OSError):
+        socket.socket.shutdown(plain, socket.SHUT_RDWR)  # TLS would first ask the other side.
+
+
+def _left(deadline: float) -> float:
+    """Seconds. A timeout of zero would mean that nobody waits at all."""
+    return max(deadline - time.monotonic(), 1e-3)
+
+
+def _about(answer: http.client.HTTPResponse) -> bytes:
     """What a status is about, as far as the other side says."""
     if answer.status < 400:
-        return f"a redirect to {redacted(answer.getheader('Location', 'nowhere'))[:200]}, which is not followed"
+        return (
+            f"a redirect to {redacted(answer.getheader('Location', 'nowhere'))[:200]}, which is not followed".encode()
+        )
     try:
-        return answer.read(200).decode(errors="replace") or answer.reason
+        return answer.read(200)
     except (OSError, http.client.HTTPException):
-        return answer.reason
+        return b""
 
 
 def _seconds(text: str | None) -> float:
     """Of ``Retry-After``, which may be a date instead; that is as good as nothing."""
     return float(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 10 else 0.0
-
-
-class Connection(http.client.HTTPConnection):
-    """To an address, with one deadline for everything that is sent and received."""
-
-    def __init__(self, address: Address, deadline: float) -> None:
-        super().__init__(address.host, address.port or (443 if address.secure else 80))
-        self.secure, self.deadline = address.secure, deadline
-        self.default_port = 443 if address.secure else 80  # which goes without saying
-        self.plain: socket.socket | None = None
-
-    def connect(self) -> None:
-        """Within the deadline, and over TLS with the system's certificates where the address says so."""
-        plain = self.plain = reached(self.host, self.port, self.deadline)
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.secure:
-            plain.settimeout(left(self.deadline))
-            plain = self.plain = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
-        self.sock = Timed(plain, self.deadline)  # type: ignore[assignment]
-
-    def close(self) -> None:
-        """Not yet: ``http.client`` calls this as soon as there is an answer to read."""
-
-    def end(self) -> None:
-        """The connection is used once."""
-        if self.plain is not None:
-            self.plain.close()
-
-
-class Timed(io.RawIOBase):
-    """What ``http.client`` wants of a socket; every wait in it ends at the deadline.
-
-    A socket's own timeout begins anew with each byte that arrives, so a server could be waited for without end.
-    """
-
-    def __init__(self, plain: socket.socket, deadline: float) -> None:
-        super().__init__()
-        self.plain, self.deadline = plain, deadline
-
-    def sendall(self, contents: bytes) -> None:
-        """All of it."""
-        rest = memoryview(contents)
-        while rest:
-            self.plain.settimeout(left(self.deadline))
-            rest = rest[self.plain.send(rest) :]
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """The answer."""
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """As much as there is."""
-        self.plain.settimeout(left(self.deadline))
-        return self.plain.recv_into(buffer)
-
-
-def reached(host: str, port: int, deadline: float) -> socket.socket:
-    """A connection to the first of a host's addresses that takes one."""
-    problem: OSError = OSError(f"{host} has no address")
-    for family, kind, protocol, _, where in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        plain = socket.socket(family, kind, protocol)
-        try:
-            plain.settimeout(left(deadline))
-            plain.connect(where)
-        except OSError as error:
-            plain.close()
-            problem = error
-        else:
-            return plain
-    raise problem
-
-
-def left(deadline: float) -> float:
-    """Seconds; a socket's timeout of zero would mean something else."""
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        raise TimeoutError("the time for an answer is over")
-    return remaining
