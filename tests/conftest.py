@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import rlhf_kernels as rk
+
+if TYPE_CHECKING:
+    from tests.fault_worlds import Stopper
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # GPU kernels on the CPU, by Triton's interpreter
 FERRIED = os.environ.get("RLHF_KERNELS_TEST_GPU") == "1"  # GPU kernels on a GPU, under the tests of the CPU
@@ -74,3 +79,19 @@ def _poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def stopper(monkeypatch: pytest.MonkeyPatch) -> Stopper:
+    """Stops a training run after so many steps, as Ctrl-C would."""
+    from tests.fault_worlds import Stopper
+
+    return Stopper(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small models and data to train on."""
+    from tests.fault_worlds import world
+
+    return world(tmp_path_factory.mktemp("folders") / "world")

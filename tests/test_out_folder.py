@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("yaml")
 pytest.importorskip("tyro")
-from tests.fault_worlds import Stopper, config, stopped_at, train, world
+from tests.fault_worlds import Stopper, config, stopped_at, train
 from tests.folder_worlds import THEIRS, commands, marked, one_line, put, seen
 from tests.pipeline_worlds import Cut, environment, written  # noqa: F401 (a fixture)
 from tests.trainer_worlds import small_policy
@@ -21,19 +21,6 @@ from trainer import cli, report, run_folder
 from trainer.checkpoint import Checkpoints
 from trainer.guard import save_batch
 from trainer.models import load_policy
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("folders")
-    world(path / "world")
-    return path / "world"
-
-
-@pytest.fixture
-def stopper(monkeypatch: pytest.MonkeyPatch) -> Stopper:
-    return Stopper(monkeypatch)
-
 
 # Folders of others
 

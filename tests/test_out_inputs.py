@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("yaml")
 pytest.importorskip("tyro")
-from tests.fault_worlds import Stopper, config, stopped_at, train, world
+from tests.fault_worlds import Stopper, config, stopped_at, train
 from tests.folder_worlds import commands, marked, one_line, put, seen
 from tests.pipeline_worlds import Cut, environment, written  # noqa: F401 (a fixture)
 from tests.trainer_worlds import small_policy, write
@@ -26,19 +26,6 @@ from trainer.inspect_data import main as inspect
 from trainer.log import RunLog
 from trainer.session import Session
 from trainer.split import SplitConfig
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("folders")
-    world(path / "world")
-    return path / "world"
-
-
-@pytest.fixture
-def stopper(monkeypatch: pytest.MonkeyPatch) -> Stopper:
-    return Stopper(monkeypatch)
-
 
 # Inputs
 

@@ -42,11 +42,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.fixture
-def stopper(monkeypatch: pytest.MonkeyPatch) -> Stopper:
-    return Stopper(monkeypatch)
-
-
 ROLLOUT = {"ppo": 1 + 2 * 2 * 2 + 1, "shared": 1 + 2 * 2 + 1, "grpo": 1 + 2 * 2 + 1}
 UNITS = {"sft": 4, "reward": 4, "ppo": 2 * ROLLOUT["ppo"], "shared": ROLLOUT["shared"], "grpo": 2 * ROLLOUT["grpo"]}
 

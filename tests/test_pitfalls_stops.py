@@ -47,11 +47,6 @@ def undisturbed(path: Path) -> dict[str, Any]:
     return finished(cfg.out)
 
 
-@pytest.fixture
-def stopper(monkeypatch: pytest.MonkeyPatch) -> Stopper:
-    return Stopper(monkeypatch)
-
-
 WHERE = {
     "generation": "trainer.rollout._continue",
     "reward": "tests.fault_worlds.early_letters",
