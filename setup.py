@@ -71,7 +71,7 @@ def rules(cxx: list[str], flags: list[str], link: list[str]) -> list[str]:
     """How ninja compiles C++ and links an extension."""
     more = shlex.split(os.environ.get("RLHF_KERNELS_FLAGS", ""))
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    strip = [] if more else ["-s"]  # whoever asks for flags may want to see names of functions
+    strip = [] if more else ["-s"]  # Who asks for flags may want to see names of functions.
     link = [*link, *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else strip), *more]
     return [
         "rule compile",

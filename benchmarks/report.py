@@ -89,7 +89,7 @@ def environment(threads: int, max_bytes: int | None, device: str = "cpu") -> Row
         "commit": commit(),
         "versions": versions,
         "cpu": fields.get("model name", platform.processor()),
-        # a virtual machine may not name its processor, but it numbers it
+        # A virtual machine may not name its processor, but it numbers it.
         "cpu_model": ", ".join(f"{name} {fields[name]}" for name in ("cpu family", "model") if name in fields),
         "isa": instruction_set(),
         "cpu_flags": {flag: flag in flags for flag in WATCHED_FLAGS},
@@ -187,7 +187,7 @@ def markdown(rows: Iterable[Row]) -> str:
 
 
 def heading(environment: Row) -> str:
-    cpu = ", ".join(filter(None, (environment["cpu"], environment.get("cpu_model"))))  # older files lack the second
+    cpu = ", ".join(filter(None, (environment["cpu"], environment.get("cpu_model"))))  # Older files lack the second.
     flags = ", ".join(name for name, there in environment["cpu_flags"].items() if there) or "no vector flags known"
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
     device = environment.get("device", "cpu")

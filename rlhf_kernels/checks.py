@@ -108,13 +108,15 @@ def for_autograd(x: Tensor) -> Tensor:
 
 
 def process_group(name: str, x: object) -> None:
-    fits = all(callable(getattr(x, method, None)) for method in ("rank", "size", "allreduce"))  # or a bare backend's
+    # A bare backend such as ProcessGroupGloo is no ProcessGroup and serves as well.
+    fits = all(callable(getattr(x, method, None)) for method in ("rank", "size", "allreduce"))
     wants(x is None or fits, name, x, "a torch.distributed.ProcessGroup, or None")
 
 
 def transformed() -> bool:
     """Whether torch.func is at work, whose tensors have no data that a kernel or a check could read."""
-    return torch._C._are_functorch_transforms_active()  # torch.autograd.Function asks the same; there is no public way
+    # There is no public way to ask, and torch.autograd.Function asks like this, too.
+    return torch._C._are_functorch_transforms_active()
 
 
 def no_transforms() -> None:
@@ -133,7 +135,7 @@ class Answer(NamedTuple):
     messages: tuple[str, ...]
 
 
-_awaited: deque[Answer] = deque()  # appended to and popped from by any thread
+_awaited: deque[Answer] = deque()  # Any thread may append to it and pop from it.
 
 
 def holds(condition: Tensor, message: str) -> None:
@@ -163,7 +165,7 @@ def report() -> None:
     while _awaited:
         try:
             answer = _awaited.popleft()
-        except IndexError:  # another thread was faster
+        except IndexError:  # Another thread was faster.
             return
         if not answer.there.query():
             _awaited.appendleft(answer)
@@ -180,7 +182,7 @@ def finite(where: Tensor | None = None, **given: Tensor | None) -> None:
     for name, x in given.items():
         if x is None or not x.is_floating_point() or transformed():
             continue
-        if not x.is_cuda and bool(torch.isfinite(x.detach().sum())):  # one pass, and mostly the only one
+        if not x.is_cuda and bool(torch.isfinite(x.detach().sum())):  # This pass is mostly the only one.
             continue
         fine = torch.isfinite(x.detach())
         fine = fine if where is None else fine | ~where

@@ -79,7 +79,7 @@ class Reference:
     hidden: Tensor  # [n, H']
     head: Head  # of the same vocabulary
     direction: str = "reverse"  # "reverse" is KL(policy | reference), "forward" KL(reference | policy)
-    names: tuple[str, str] = ("ref[0]", "ref[1]")  # of the arguments that hidden and weight came as
+    names: tuple[str, str] = ("ref[0]", "ref[1]")  # Errors call hidden and weight by these names.
 
 
 @dataclass(frozen=True)

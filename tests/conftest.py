@@ -83,7 +83,7 @@ def _poisoned_memory():
 
 @pytest.fixture
 def stopper(monkeypatch: pytest.MonkeyPatch) -> Stopper:
-    """Stops a training run after so many steps, as Ctrl-C would."""
+    """Sends a signal at the n-th safe point of a run."""
     from tests.fault_worlds import Stopper
 
     return Stopper(monkeypatch)

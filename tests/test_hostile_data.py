@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.trainer_worlds import small_policy, write
-from trainer import cli, data, data_file, log, pipeline, probes, report, split, tax, watch
+from trainer import cli, data, data_file, log, pipeline, probes, report, run_folder, split, tax, watch
 from trainer.data_file import rows
 from trainer.inspect_read import read as inspected
 from trainer.monitor import Alarm
@@ -32,11 +32,11 @@ def test_texts_with_any_character_survive(tmp_path: Path, odd: str) -> None:
     watch.write(run.out_dir, "sft", Alarm("n", 1, 1, f"m{odd}"))
     pipeline.gather(tmp_path, [pipeline.Work("sft", "sft", None, split.SplitConfig(data=tmp_path, out=run.out_dir))])
     for folder in (run.out_dir, tmp_path):
-        found = log.records(folder / log.SAMPLES)
+        found = log.records(folder / run_folder.SAMPLES)
         assert [(r["prompt"], r["after"]) for r in found] == [(f"p{odd}q", f"a{odd}b"), ("plain", "c")]
         assert watch.raised(folder)[0]["message"] == f"m{odd}"
         assert report.write(folder).read_bytes().count(b"<article>") == 2
-    assert json.loads((run.out_dir / log.SUMMARY).read_bytes())["said"] == f"x{odd}y"
+    assert json.loads((run.out_dir / run_folder.SUMMARY).read_bytes())["said"] == f"x{odd}y"
 
 
 BAD: list[tuple[bytes, str]] = [

@@ -31,7 +31,7 @@ from tests.fault_worlds import (
     world,
 )
 from tests.trainer_worlds import lines, small_policy
-from trainer import cli, log, sft
+from trainer import cli, run_folder, sft
 from trainer.checkpoint import Checkpoints, write_safetensors
 from trainer.fingerprint import inputs
 from trainer.signals import Terminated
@@ -133,7 +133,7 @@ def test_pitfall_16_two_runs_do_not_share_a_folder(path: Path, tmp_path: Path) -
     cfg, refused = config("sft", path, tmp_path / "run"), []
 
     def again(*args: Any) -> Any:
-        for attempt in (lambda: train(cfg), lambda: train(cfg, resume=True), lambda: log.claim(cfg.out)):
+        for attempt in (lambda: train(cfg), lambda: train(cfg, resume=True), lambda: run_folder.claim(cfg.out)):
             with pytest.raises(ValueError, match="out: another process is training in"):
                 attempt()
             refused.append(attempt)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.pipeline_worlds import environment  # noqa: F401 (a fixture)
 from tests.trainer_worlds import write
-from trainer import cli, console, data, log, watch
+from trainer import cli, console, data, log, run_folder, watch
 from trainer.console import UNSEEN, say, visible
 from trainer.data_format import Record
 from trainer.doctor import Advice, Machine, screen
@@ -208,5 +208,5 @@ def test_there_is_one_way_to_the_screen(path: Path) -> None:
 def test_the_log_keeps_what_the_screen_escapes(tmp_path: Path) -> None:
     run = log.RunLog(tmp_path, quiet=True)
     run.samples("t", [{"after": EVIL}])
-    assert log.records(tmp_path / log.SAMPLES)[0]["after"] == EVIL
-    assert json.loads((tmp_path / log.SAMPLES).read_bytes())["after"] == EVIL
+    assert log.records(tmp_path / run_folder.SAMPLES)[0]["after"] == EVIL
+    assert json.loads((tmp_path / run_folder.SAMPLES).read_bytes())["after"] == EVIL

@@ -20,7 +20,7 @@ pytest.importorskip("tyro")
 from tests.fault_worlds import finished, world
 from tests.pipeline_worlds import ALLOWED, STAGES, Cut, environment, written  # noqa: F401 (a fixture)
 from tests.trainer_worlds import lines, write
-from trainer import cli, evaluation, log, split
+from trainer import cli, evaluation, run_folder, split
 from trainer.data_file import rows
 from trainer.session import Session
 
@@ -208,10 +208,10 @@ def test_the_shipped_recipes_on_real_data(tmp_path: Path) -> None:
     ):  # fmt: skip
         settings = [x for setting in (f"data={data}", *few, *more) for x in ("--set", setting)]
         assert cli.main(["pipeline", name, *settings, "--quiet", "--out", str(tmp_path / name)]) == 0
-        summary = json.loads((tmp_path / name / log.SUMMARY).read_text())
+        summary = json.loads((tmp_path / name / run_folder.SUMMARY).read_text())
         assert summary["inspect"]["bag_of_words"]["low"] > 0.5
         assert 0.3 < summary["reward"]["held_out_accuracy"]["value"] < 0.7
-        assert (tmp_path / name / log.REPORT).stat().st_size > 20_000
+        assert (tmp_path / name / run_folder.REPORT).stat().st_size > 20_000
         held_out = [row for _, row in rows(tmp_path / name / "split" / split.HELD_OUT)]
         train = [row for _, row in rows(tmp_path / name / "split" / split.TRAIN)]
         assert len(held_out) + len(train) == (1000 if name == "gsm8k" else 2000)

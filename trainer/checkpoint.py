@@ -135,7 +135,7 @@ class Checkpoints:
         for name in self._ours()[::-1]:
             _remove(self.folder / name)
         with suppress(OSError):
-            self.folder.rmdir()  # which a link is not, so it stays
+            self.folder.rmdir()  # A link is no folder, so it stays.
 
     def _ours(self) -> list[str]:
         """Folders that a run has made, leftovers of a crash among them; whatever else lies there is of others."""

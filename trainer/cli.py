@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer import config_file, console, data_file, log, permission, ranks, report
+from trainer import config_file, console, data_file, log, permission, ranks, report, run_folder
 from trainer.address import redacted
 from trainer.cli_help import COMMON, whole
 from trainer.console import say
@@ -149,7 +149,7 @@ def _run(name: str, argv: list[str]) -> int:
     out = Path(getattr(config, OUT))
     provenance = _provenance(name, argv, config)
     importlib.import_module("trainer.aspects").check_sources(config)
-    log.claim(out, overwrite=common.overwrite, reads=[config])
+    run_folder.claim(out, overwrite=common.overwrite, reads=[config])
     config_file.write_resolved(out, config, provenance, {"stage": name, "threads": used_threads()})
     return _train_alone(name, getattr(module, stage.run), config)
 
@@ -172,7 +172,7 @@ def _resume(argv: list[str]) -> int:
     name = recipe.pop("stage", None)
     if name not in STAGES:
         raise ValueError(f"resume: {out / config_file.RESOLVED} does not name its stage, want stage: sft or the like")
-    if (out / log.SUMMARY).exists():
+    if (out / run_folder.SUMMARY).exists():
         say(f"{out} holds a finished run: nothing to resume")
         return 0
     stage, module = _load(name, recipe.pop("threads", None), flags, recipe)
@@ -199,7 +199,7 @@ def _train_alone(name: str, run: Any, config: Any, **options: Any) -> int:
     try:
         train(name, run, config, **options)
     except BaseException:
-        if log.has_checkpoints(out):
+        if run_folder.has_checkpoints(out):
             say_how_to_go_on(out, [config])
         raise
     return 0
@@ -217,7 +217,7 @@ def train(name: str, run: Any, config: Any, **options: Any) -> None:
     """The run itself, a summary where it leaves none, and the report."""
     began, out = time.monotonic(), Path(getattr(config, OUT))
     run(config, **options)
-    if not (out / log.SUMMARY).exists():
+    if not (out / run_folder.SUMMARY).exists():
         log.RunLog(out, quiet=True).summary({"stage": name, "seconds": round(time.monotonic() - began, 1)})
     say(f"report: {report.write(out)}")
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from trainer.address import redacted
 from trainer.console import visible
+from trainer.files import write_whole
 
 RESOLVED = "resolved.yaml"
-LARGEST, MOST_NODES = 1 << 18, 10_000  # bytes and values of a YAML file
+LARGEST, MOST_NODES = 1 << 18, 10_000  # A YAML file may have so many bytes and values.
 NUMBER = re.compile(r"-(?:[\d.]+(?:[eE][-+]?\d+)?|inf|nan)")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -60,7 +61,8 @@ def read_yaml(path: Path, lead: str = "") -> Any:
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             """YAML would take the last of two."""
-            own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # of `<<` there may be several
+            # `<<` may stand there several times.
+            own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             keys = [self.construct_object(key, deep=True) for key in own]
             if twice := [key for key in keys if keys.count(key) > 1]:
                 lines = [key.start_mark.line + 1 for key in own if key.value == str(twice[0])]
@@ -83,7 +85,7 @@ def read_yaml(path: Path, lead: str = "") -> Any:
         return None if node is None else loader.construct_document(node)
     except Refused as error:
         raise ValueError(f"{lead}{path}: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that there is not is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # The 31st of February is a ValueError.
         raise ValueError(f"{lead}{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -163,10 +165,7 @@ def write_resolved(
     path = Path(out_dir) / RESOLVED
     path.parent.mkdir(parents=True, exist_ok=True)
     body = yaml.safe_dump({**(header or {}), **resolved(config)}, sort_keys=False, allow_unicode=True)
-    draft = path.with_name(path.name + ".saving")  # it marks the folder as ours, so there is all of it or nothing
-    draft.write_text(comment(comments) + body, encoding="utf-8")
-    draft.replace(path)
-    return path
+    return write_whole(path, (comment(comments) + body).encode())  # It marks the folder as ours.
 
 
 def comment(lines: Iterable[str]) -> str:

@@ -75,7 +75,7 @@ def read(
     note = note or _to_stderr
     records: list[Record] = []
     bad = LeftOut()
-    unusable: dict[str, LeftOut] = defaultdict(LeftOut)  # by reason, of which there are three
+    unusable: dict[str, LeftOut] = defaultdict(LeftOut)  # Their keys are reasons, of which there are three.
     for number, row in rows(path):
         try:
             records.append(_record(row, kind, render))

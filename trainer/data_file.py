@@ -25,7 +25,7 @@ HOPELESS = 1_000_000
 """Lines that are no JSON object; such a file is something else, and its errors alone would fill the memory."""
 PARQUET_ROWS = 1024
 """Rows of a parquet file in memory together, beside those that were made records."""
-HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # perhaps half a surrogate pair
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # This may be half a surrogate pair.
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 

@@ -5,32 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from trainer.console import Console, say
+from trainer.files import told, write_whole
 from trainer.records import records as records
-from trainer.run_folder import (
-    ALARMS,
-    DRAFT,
-    METRICS,
-    REPORT,
-    SAMPLES,
-    SUMMARY,
-    alone,
-    check,
-    claim,
-    has_checkpoints,
-    refuse_others,
-)
+from trainer.run_folder import ALARMS, METRICS, SAMPLES, SUMMARY
 
-__all__ = [
-    "ALARMS", "METRICS", "REPORT", "SAMPLES", "SUMMARY", "Bar", "RunLog", "alone", "check", "claim", "has_checkpoints",
-    "records", "refuse_others", "write_whole",
-]  # fmt: skip
 SHOWN_SAMPLES = 4
 
 
@@ -179,31 +164,9 @@ def _is_beyond(line: bytes, stage_name: str, step: int) -> bool:
         return True
 
 
-def write_whole(path: Path, contents: bytes) -> Path:
-    """Writes all of a file or nothing."""
-    draft = path.with_name(path.name + DRAFT)
-    draft.unlink(missing_ok=True)  # in somebody's folder it may be a link to elsewhere
-    with _told(path), draft.open("wb") as file:
-        file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    return path
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """A full disk names no file; we do."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise OSError(error.errno, f"{path.name} could not be written: {why}", str(path)) from error
-
-
 def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     # Half a surrogate pair has no bytes in UTF-8; escaped with a backslash it is what JSON writes for it.
-    with _told(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+    with told(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(_line(record) for record in records)
 
 

@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file
 from trainer.attention import NAME
 
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
-SHOWN = 3  # names in a message
+SHOWN = 3  # A message shows so many names.
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 WRITTEN = frozenset({
     "config.json", "generation_config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -57,7 +57,7 @@ def config_of(path: str) -> Any:
     assert config is not None
     # Names of kernels on the hub lie here; the setters reach every configuration inside of this one.
     config._attn_implementation = config._experts_implementation = None
-    if getattr(config, "fusion_config", None) is not None:  # which would patch classes of transformers
+    if getattr(config, "fusion_config", None) is not None:  # It would patch classes of transformers.
         config.fusion_config = None
     return config
 
@@ -112,7 +112,7 @@ def save(path: Path, model: Any, tokenizer: Any) -> None:
     """
     path = Path(os.path.realpath(path))
     aside, old = path.with_name(f".{path.name}.saving"), path.with_name(f".{path.name}.replaced")
-    if old.exists() and not path.exists():  # somebody was killed between the two renames
+    if old.exists() and not path.exists():  # Somebody was killed between the two renames.
         old.rename(path)
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer import cli, config_file, fingerprint, log, permission, recipe, report
+from trainer import cli, config_file, fingerprint, log, permission, recipe, report, run_folder
 from trainer.address import HIDDEN, redacted, secrets_of
 from trainer.console import Console, say
+from trainer.files import write_whole
+from trainer.records import records
 from trainer.threads import TINY, one_bar_only, set_threads, used_threads
 
 PIPELINE = "pipeline"
@@ -53,7 +55,7 @@ class Work(NamedTuple):
 
     @property
     def done(self) -> bool:
-        return (self.config.out / log.SUMMARY).exists()
+        return (self.config.out / run_folder.SUMMARY).exists()
 
 
 def stages() -> dict[str, cli.Stage]:
@@ -98,21 +100,21 @@ def main(argv: Sequence[str]) -> int:
     plan = _plan(work, inputs)
     if planned(out) and not options.overwrite:
         _compare(recipe.read(out / config_file.RESOLVED, out, {}, stages()), plan, work)
-        if (out / log.SUMMARY).exists():
+        if (out / run_folder.SUMMARY).exists():
             say(f"{out} holds a finished run: nothing to do")
             return 0
     else:
-        log.check(out, overwrite=options.overwrite, reads=[w.config for w in work])
+        run_folder.check(out, overwrite=options.overwrite, reads=[w.config for w in work])
         for w in work:
-            log.check(w.config.out, overwrite=options.overwrite, reads=[w.config])
+            run_folder.check(w.config.out, overwrite=options.overwrite, reads=[w.config])
         for folder in (w.config.out for w in work):
-            if folder.exists():  # what has not begun gets no folder before the mark in ours
-                log.claim(folder, overwrite=options.overwrite)
-        log.claim(out, overwrite=options.overwrite)
+            if folder.exists():  # Where nothing has begun, no folder is made before ours is marked.
+                run_folder.claim(folder, overwrite=options.overwrite)
+        run_folder.claim(out, overwrite=options.overwrite)
         comments = [f"{cli.PROG} {PIPELINE} {shlex.join(_safe(argv, work))}", cli.version()]
         _write(out / config_file.RESOLVED, plan | {"threads": used_threads()}, comments)
     try:
-        with log.alone(out):
+        with run_folder.alone(out):
             _go(out, work)
     except BaseException:
         cli.say_how_to_go_on(out, [w.config for w in work])
@@ -129,10 +131,10 @@ def _go(out: Path, work: Sequence[Work]) -> None:
             console.note(f"{about} is finished")
             continue
         console.note(f"\n{about}" + (f" ({w.stage})" if w.stage != w.name else ""))
-        log.refuse_others(w.config.out)
+        run_folder.refuse_others(w.config.out)
         resumable = cli.resumable(w.run)
         if not resumable:
-            log.claim(w.config.out, overwrite=True)
+            run_folder.claim(w.config.out, overwrite=True)
         header = {"stage": w.stage, "threads": used_threads()}
         config_file.write_resolved(w.config.out, w.config, [f"stage {w.name} of a pipeline, {cli.version()}"], header)
         cli.train(w.stage, w.run, w.config, **({"resume": True} if resumable else {}))
@@ -149,24 +151,26 @@ def gather(out: Path, work: Sequence[Work]) -> dict[str, Any]:
     """
     verdicts: list[Any] = []
     sections: dict[str, Any] = {}
-    logs: dict[str, list[dict[str, Any]]] = {name: [] for name in (log.METRICS, log.SAMPLES, log.ALARMS)}
+    logs: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in (run_folder.METRICS, run_folder.SAMPLES, run_folder.ALARMS)
+    }
     for w in work:
-        for name, records in logs.items():
-            for record in log.records(w.config.out / name):
-                title = f"{w.name}: {record.get('title', 'samples')}" if name == log.SAMPLES else None
-                records.append(record | ({"title": title} if title else {"stage": w.name}))
+        for name, lines in logs.items():
+            for record in records(w.config.out / name):
+                title = f"{w.name}: {record.get('title', 'samples')}" if name == run_folder.SAMPLES else None
+                lines.append(record | ({"title": title} if title else {"stage": w.name}))
         if not w.done:
             continue
-        found = json.loads((w.config.out / log.SUMMARY).read_text(encoding="utf-8"))
+        found = json.loads((w.config.out / run_folder.SUMMARY).read_text(encoding="utf-8"))
         told = [v | {"title": f"{w.name}: {v.get('title', '')}"} for v in found.pop("verdicts", [])]
         verdicts += told
         for name, section in found.items():
             if isinstance(section, Mapping):
                 sections[w.name if len(found) == 1 else f"{w.name}: {name}"] = section
-    for name, records in logs.items():
-        if records:
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            log.write_whole(out / name, text.encode(errors="backslashreplace"))
+    for name, lines in logs.items():
+        if lines:
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in lines)
+            write_whole(out / name, text.encode(errors="backslashreplace"))
     return {"verdicts": verdicts, **sections}
 
 
@@ -219,7 +223,7 @@ def _write(path: Path, plan: Mapping[str, Any], comments: Sequence[str]) -> None
     import yaml
 
     body = yaml.safe_dump(dict(plan), sort_keys=False, allow_unicode=True)
-    log.write_whole(path, (config_file.comment(comments) + body).encode())
+    write_whole(path, (config_file.comment(comments) + body).encode())
 
 
 def _safe(argv: Sequence[str], work: Sequence[Work]) -> list[str]:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 PATIENCE = timedelta(hours=2)  # for one another: a rollout may take long on one of them
-OWN = "rlhf-train-rank-"  # folders of ranks after the first
-YOUNG = 60.0  # seconds in which such a folder may not be locked yet
+OWN = "rlhf-train-rank-"  # Folders of ranks after the first are called so.
+YOUNG = 60.0  # For so many seconds such a folder may not be locked yet.
 
 
 def count() -> int:
@@ -84,7 +84,7 @@ def placed(config: T, *, resume: bool = False) -> T:
 def _own_folder() -> Path:
     """A run folder that is gone when this process is; if it is killed, the next start clears it away."""
     home = Path(tempfile.mkdtemp(prefix=OWN))
-    _locked(home)  # held by the system for as long as this process lives
+    _locked(home)  # The system holds the lock for as long as this process lives.
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     (home / "run").mkdir()
     return home / "run"
@@ -108,7 +108,7 @@ def _sweep() -> None:
             continue
         try:
             about = home.stat()
-        except OSError:  # its owner was faster
+        except OSError:  # Its owner was faster.
             continue
         old = time.time() - about.st_mtime > YOUNG
         if old and about.st_uid == os.getuid() and (descriptor := _locked(home)) is not None:

@@ -133,7 +133,7 @@ def _filled(value: Any, meaning: Mapping[str, Any], stages: Collection[str], whe
         if name in stages:
             raise ValueError(f"{where}: ${{{name}}} is no earlier stage, and cannot be used here")
         if VARIABLE.fullmatch(match[0]):
-            return match[0]  # of the environment, in an address: looked up by whoever asks there
+            return match[0]  # It is one of the environment, which whoever asks that address looks up.
         near = difflib.get_close_matches(name, meaning, n=1)
         hint = f"did you mean ${{{near[0]}}}?" if near else f"want one of {', '.join(meaning) or 'nothing, yet'}"
         raise ValueError(f"{where}: ${{{name}}} is neither a variable nor an earlier stage; {hint}")

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from trainer.config_file import RESOLVED
-from trainer.log import ALARMS, METRICS, REPORT, SAMPLES, SUMMARY, write_whole
+from trainer.files import write_whole
 from trainer.plots import chart
 from trainer.records import record_of, records
 from trainer.report_panels import PANELS, Curves, leftovers, panel_lines
 from trainer.report_style import STYLE
 from trainer.report_tables import is_number, tables, words
-from trainer.run_folder import is_ours
+from trainer.run_folder import ALARMS, METRICS, REPORT, SAMPLES, SUMMARY, is_ours
 
 MAX_SAMPLES = 8
-HEAD = "<body><main><header><h1>"  # how the body of our page begins
-LARGEST, MOST_STEPS = 1e100, 1e12  # in drawings: differences of these numbers are finite, steps are told apart
+HEAD = "<body><main><header><h1>"  # The body of a page of ours begins so.
+LARGEST, MOST_STEPS = 1e100, 1e12  # Drawings subtract such numbers and tell such steps apart.
 
 
 def write(out_dir: str | Path) -> Path:

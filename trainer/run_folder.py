@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.checkpoint import CHECKPOINTS, MANIFEST, Checkpoints
 from trainer.config_file import RESOLVED, model_folder
+from trainer.files import DRAFT
 
 try:
     import fcntl
@@ -23,9 +24,8 @@ except ImportError:  # Windows
 MODELS, NOT_FINITE = ("model", "value"), "not_finite"
 METRICS, SAMPLES, SUMMARY, REPORT = "metrics.jsonl", "samples.jsonl", "summary.json", "report.html"
 ALARMS = "alarms.jsonl"
-DRAFT = ".saving"  # behind the name of what is not whole yet
 LOGS = (SUMMARY, METRICS, SAMPLES, ALARMS, REPORT)
-FILES = (*LOGS, RESOLVED, "train.jsonl", "held_out.jsonl", "facts.json")  # of all stages together
+FILES = (*LOGS, RESOLVED, "train.jsonl", "held_out.jsonl", "facts.json")  # All stages together write these.
 
 
 def claim(out_dir: str | Path, *, overwrite: bool = False, reads: Sequence[Any] = ()) -> Path:
@@ -65,7 +65,7 @@ def check(out_dir: str | Path, *, overwrite: bool = False, reads: Sequence[Any] 
     for config in reads:
         refuse_inputs(config, folder)
     for link in (folder / name for name in MODELS if (folder / name).is_symlink()):
-        if link.is_dir() and any(link.iterdir()):  # whose model that is, nobody can tell
+        if link.is_dir() and any(link.iterdir()):  # Nobody can tell whose model that is.
             raise ValueError(f"out: {link} is a link to {link.resolve()}, which is not empty; empty it, or unlink it")
     if (folder / SUMMARY).exists() and not overwrite:
         raise ValueError(f"out: {folder} holds a finished run; pass --overwrite to replace it, or another --out")
@@ -103,7 +103,7 @@ def alone(folder: Path) -> Iterator[None]:
                 f"out: another process is training in {folder}; wait for it, or take another --out"
             ) from None
         except OSError:
-            pass  # some network file systems have no locks
+            pass  # Some network file systems have no locks.
         yield
     finally:
         os.close(descriptor)

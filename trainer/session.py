@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from trainer import fingerprint, ranks
 from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.config_file import plain, versions
-from trainer.log import RunLog, alone
-from trainer.run_folder import refuse_models
+from trainer.log import RunLog
+from trainer.run_folder import alone, refuse_models
 from trainer.signals import Interrupted, Terminated, signals
 from trainer.stage import StageConfig, prepare
 from trainer.state import Mark, Progress, Restored
@@ -141,7 +141,7 @@ class Session:
                     self.log.warn(f"{self.name}: {what} at step {self._mark.step} of {self.total}; saved")
 
     def _clear(self) -> None:
-        if ranks.mine() == 0:  # the others read its checkpoints through a link
+        if ranks.mine() == 0:  # The other ranks read its checkpoints through a link.
             self.checkpoints.clear()
 
     def _begin(self) -> None:

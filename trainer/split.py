@@ -70,7 +70,7 @@ def run(cfg: SplitConfig, log: RunLog | None = None) -> dict[str, int]:
             continue
         digest = hashlib.sha256(f"{cfg.seed} {prompt}".encode()).digest()
         held = int.from_bytes(digest[:8], "big") < math.ldexp(cfg.held_out, 64)
-        line = json.dumps(row, ensure_ascii=False, default=str)  # parquet knows dates
+        line = json.dumps(row, ensure_ascii=False, default=str)  # Parquet has dates, which JSON has not.
         parts[HELD_OUT if held else TRAIN].append(line)
     for number, reason in lost[:1]:
         log.warn(f"{cfg.data}: {len(lost)} lines are bad and left out, the first is line {number}: {reason}")

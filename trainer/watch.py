@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from trainer.kl import KLController
-from trainer.log import ALARMS, RunLog, records
+from trainer.log import RunLog
 from trainer.models import Policy
 from trainer.monitor import Alarm, Monitor, Samples
 from trainer.monitor_rules import thresholds_from
 from trainer.probes import Probes, read_probes, sycophancy
+from trainer.records import records
 from trainer.rewards import Reward, responses_of, reward_from
 from trainer.rollout import Rollout
+from trainer.run_folder import ALARMS
 from trainer.tax import held_out_texts, losses, per_token
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@
 namespace rlhf {
 
 std::string isa();
-std::vector<std::string> isas();  // those that were compiled, run here and are allowed, best last
+std::vector<std::string> isas();  // Those that were compiled, run here and are allowed; the best is the last.
 void set_isa(const std::string& name);
 
 }  // namespace rlhf

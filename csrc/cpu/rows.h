@@ -15,8 +15,9 @@ constexpr int64_t LANES = 8;
 #else
 constexpr int64_t LANES = 4;
 #endif
-constexpr int64_t DEPTH = 64;             // elements that meet in a lane, in T, before it goes on in double
-constexpr int64_t BLOCK = DEPTH * LANES;  // of a row at a time
+// So many elements meet in a lane, in T, before the sum goes on in double; so many of a row are taken at a time.
+constexpr int64_t DEPTH = 64;
+constexpr int64_t BLOCK = DEPTH * LANES;
 
 template <class T>
 inline const T* as(const void* p) {
@@ -96,7 +97,7 @@ struct Lanes {
 // What one element adds to one lane of each sum.
 template <class T>
 struct BlockSums {
-  Lanes<T> rest, slope, ties, mean;  // the mean of a lane cannot overflow where its sum would
+  Lanes<T> rest, slope, ties, mean;  // The mean of a lane cannot overflow where its sum would.
 
   void add(int64_t lane, T z, T most) {
     T d = at_least(z - most, T(-1000));  // 0 * inf is not wanted below

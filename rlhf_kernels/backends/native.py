@@ -24,7 +24,7 @@ STRIP_BYTES = 8 * 2**20  # of logits at a time: they stay in the last-level cach
 STRIP_COLUMNS = 8192  # at most, for few rows
 FEWEST_COLUMNS = 512  # narrower products lose their speed
 
-_C.isa()  # says at once, and not in the middle of a call, what is wrong with RLHF_KERNELS_ISA
+_C.isa()  # A wrong RLHF_KERNELS_ISA is said here, and not in the middle of a call.
 
 # Logits that a backward has used up, for the next tile of the same call: fresh pages cost more than writing to them.
 _spare: WeakKeyDictionary[Head, list[Tensor]] = WeakKeyDictionary()

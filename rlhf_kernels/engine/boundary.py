@@ -73,7 +73,7 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # raises if one was changed in place meanwhile
+        saved = ctx.saved_tensors  # This raises if one was changed in place meanwhile.
         with torch.no_grad(), without_autocast(saved[0]):
             grads = backward(ctx, saved, *upstream)
         if not torch.is_grad_enabled():

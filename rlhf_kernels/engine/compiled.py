@@ -21,7 +21,7 @@ from rlhf_kernels.types import LossOutput, TokenStats
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-HEADS = ("hidden", "weight", "bias", "ref", "ref_hidden", "ref_weight")  # what autocast casts
+HEADS = ("hidden", "weight", "bias", "ref", "ref_hidden", "ref_weight")  # Autocast casts these.
 LOST = ("tolerance/lost", "tolerance/dense")  # metrics of any loss with a tolerance
 NO_BUFFER = "rlhf_kernels: weight_grad is added to in place, so such a call is not part of a compiled graph"
 NO_GROUP = "rlhf_kernels: ranks meet in a call with tp_group, so it is not part of a compiled graph"

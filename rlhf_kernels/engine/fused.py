@@ -147,7 +147,7 @@ class _FusedLoss(torch.autograd.Function):
     @first_derivative
     def backward(ctx: Any, saved: tuple[Tensor, ...], upstream: Tensor):
         call: Call = ctx.call
-        # handed over, not kept: gradients as large as the head exist once, and one thread has them
+        # They are handed over and not kept: gradients as large as the head exist once, and one thread has them.
         grads: Gradients | None = ctx.found.pop("grads", None)
         if call.weight_grad is not None and ctx.wanted[1]:
             if grads is None:

@@ -37,7 +37,7 @@ class Kept:
 
     def ignored(self, index: Tensor, count: int) -> Tensor:
         """[N] bool: which of ``count`` rows are not kept, where not all of them are."""
-        if self.place is not None:  # slots that stand for nothing all point to row 0
+        if self.place is not None:  # Slots that stand for nothing all point to row 0.
             return self.place < 0
         return torch.ones(count, dtype=torch.bool, device=index.device).index_fill_(0, index, False)
 

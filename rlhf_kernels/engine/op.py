@@ -113,7 +113,7 @@ def _statistics(
     hidden: Tensor, weight: Tensor | None, targets: Tensor, per_position: int, ref: RefArgument,
     ref_head: HeadOptions | None, direction: str, head: HeadOptions, overwrite: bool = False,
 ) -> TokenStats:  # fmt: skip
-    if weight is not None:  # ready logits meet no product, so autocast leaves them as they are
+    if weight is not None:  # Ready logits meet no product, so autocast leaves them as they are.
         hidden, weight, head["bias"] = cast_inputs(hidden, weight, head.get("bias"))  # type: ignore[assignment]
         ref, ref_head = cast_reference(ref, ref_head)
     with without_autocast(hidden):

@@ -125,7 +125,7 @@ class Span:
             # half the budget remembers, the other half is where the rest will be computed once more
             pieces, self.stash = _pieces(start, stop, max(1, budget // 2)), 1 if budget > 1 else 0
         self.pieces: list[tuple[int, int]] = []
-        self.residuals: dict[int, Any] = {}  # by the first row of their piece
+        self.residuals: dict[int, Any] = {}  # Their keys are the first rows of their pieces.
         parts: list[TokenStats] = []
         for i, (a, b) in enumerate(pieces):
             with _within_budget(call):
@@ -141,7 +141,7 @@ class Span:
     def backward(self, grads: Grads, into: Gradients) -> None:
         """Add the gradients of these rows; rows whose gradient is exactly zero are skipped. Uses up the residuals."""
         for a, b in self.pieces:
-            residual = self.residuals.pop(a, None)  # backward may run in several threads at once: one of them gets it
+            residual = self.residuals.pop(a, None)  # Of threads that run backward at once, one gets it.
             part = slice(a - self.start, b - self.start)
             here = grads.each(lambda g, part=part: g[part])
             with _within_budget(self.call):

@@ -27,7 +27,7 @@ def _found(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device) if isinstance(device, (str, torch.device)) else None
         there = found is not None and found.type != "meta" and torch.empty(1, device=found) is not None
-    except Exception:  # whatever a build of torch without that device says
+    except Exception:  # A build of torch without that device may raise anything.
         found, there = None, False
     check.wants(there, "device", device, "one that is here, such as 'cpu' or 'cuda:0'")
     assert found is not None

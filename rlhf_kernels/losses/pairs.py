@@ -70,7 +70,7 @@ def reference_columns(
         increasing = (cu_seqlens.diff() > 0).all()
         holds(increasing, "cu_seqlens: wants to strictly increase where ref_logp is one per sequence")
         finite(lengths > 0, ref_logp=ref_logp)
-    return (), (ref_logp.where(lengths > 0, 0.0),)  # what does not count must not be a NaN times zero
+    return (), (ref_logp.where(lengths > 0, 0.0),)  # What does not count must not become NaN times zero.
 
 
 def log_ratio_sums(stats: TokenStats, cu_seqlens: Tensor, per_token: Columns, per_sequence: Columns) -> Tensor:
