@@ -15,7 +15,7 @@ from rlhf_kernels import checks as check
 from rlhf_kernels.backends import resolve
 from rlhf_kernels.backends.gae import implementation
 from rlhf_kernels.estimators import VALUES, kl_estimate
-from rlhf_kernels.segments import group_layout, segment_sum
+from rlhf_kernels.segments import acting, group_layout, segment_sum
 
 EPS = 1e-8  # added to the variance in whitening
 
@@ -83,7 +83,7 @@ def gae(
             check.holds(~lost.any(), "rewards: got a non-zero reward where mask is false, wants zero: it would be lost")
     if checks:
         check.finite(mask, rewards=rewards, values=values)
-        check.finite(bootstrap=bootstrap)
+        check.finite(lambda: acting(cu, mask), bootstrap=bootstrap)
     dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
     r, v = rewards.detach().to(dtype).contiguous(), values.detach().to(dtype).contiguous()
     after = None if bootstrap is None else bootstrap.detach().to(dtype).contiguous()
@@ -161,7 +161,7 @@ def shaped_rewards(
     _check_mask(kept, shape, device)
     if checks:
         check.finite(kept, logp=logp, ref_logp=ref_logp)
-        check.finite(scores=scores)
+        check.finite(lambda: acting(cu, kept), scores=scores)
 
     dtype = torch.promote_types(torch.promote_types(logp.dtype, ref_logp.dtype), torch.float32)
     scores, logp, ref_logp = (x.detach().to(dtype).contiguous() for x in (scores, logp, ref_logp))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -26,7 +26,8 @@ def show(x: object) -> str:
     if x.is_nested:
         return f"a nested {dtype} tensor"
     dense = "" if x.layout == torch.strided else f"{layout} "
-    return f"{dense}{dtype}{list(x.shape)} on {x.device}"
+    kind = f"{type(x).__name__} of " if of_a_library(x) else "lazily negated " if x.is_neg() else dense
+    return f"{kind}{dtype}{list(x.shape)} on {x.device}"
 
 
 def wants(condition: bool, name: str, got: object, want: str) -> None:
@@ -44,6 +45,11 @@ def is_number(x: object) -> bool:
 
 def is_finite(x: object) -> bool:
     return is_number(x) and math.isfinite(x)  # type: ignore[arg-type]
+
+
+def plain(x: Any) -> Any:
+    """A number of numpy, which counting gives, as one of Python; anything else as it is."""
+    return x.item() if type(x).__module__ == "numpy" and type(x).__name__ != "ndarray" else x
 
 
 def is_count(x: object) -> TypeGuard[int]:
@@ -72,12 +78,20 @@ def one_of(name: str, x: object, choices: tuple[str | None, ...]) -> None:
     wants(fits, name, x, "one of " + ", ".join(map(repr, choices)))
 
 
+def of_a_library(x: Tensor) -> bool:
+    """Whether it is a DTensor, a FakeTensor or another class with operations of its own, whose memory is elsewhere."""
+    plain: object = getattr(Tensor, "__torch_dispatch__")  # noqa: B009 (pyright would bind it as a method)
+    return getattr(type(x), "__torch_dispatch__") is not plain  # noqa: B009
+
+
 def tensor(name: str, x: object, kind: str = "a tensor") -> None:
-    """A dense tensor with memory of its own kind: neither sparse, nested, quantised, of a library, nor without data."""
+    """One whose values lie in memory: neither sparse, nested, quantised, of a library, negated, nor without data."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, wants {kind}")
     dense = x.layout == torch.strided and not (x.is_nested or x.is_quantized or x.device.type == "meta")
     wants(dense, name, x, f"{kind}, dense and with data")
+    wants(not x.is_neg(), name, x, f"{kind} as resolve_neg() gives it")
+    wants(not of_a_library(x), name, x, f"{kind} of torch itself: a DTensor has to_local() and full_tensor()")
 
 
 def float_tensor(name: str, x: object, dims: int | None = None) -> None:
@@ -176,16 +190,20 @@ def report() -> None:
             raise ValueError(f"{message} (in an earlier call, which could not wait for the GPU to say so)")
 
 
-def finite(where: Tensor | None = None, **given: Tensor | None) -> None:
-    """Each of these holds numbers wherever ``where``, of the same shape, is true (None: everywhere)."""
+def finite(where: Tensor | Callable[[], Tensor] | None = None, **given: Tensor | None) -> None:
+    """Each of these holds numbers wherever ``where``, of the same shape, is true (None: everywhere).
+
+    A function is only asked for it if something is not finite, or if nobody waits for the answer.
+    """
     facts = []
     for name, x in given.items():
         if x is None or not x.is_floating_point() or transformed():
             continue
         if not x.is_cuda and bool(torch.isfinite(x.detach().sum())):  # This pass is mostly the only one.
             continue
+        counts = where() if callable(where) else where
         fine = torch.isfinite(x.detach())
-        fine = fine if where is None else fine | ~where
+        fine = fine if counts is None else fine | ~counts
         message = f"{name}: got NaN or infinity where it counts, wants finite numbers"
         if not x.is_cuda and not bool(fine.all()):
             at = (~fine).nonzero()[0].tolist()
@@ -219,7 +237,7 @@ def head_arguments(hidden: Tensor, weight: Tensor, targets: Tensor, per_position
         hidden,
         f"[..., {weight.shape[1]}] as weight is {list(weight.shape)}",
     )
-    wants(weight.shape[0] > 0, "weight", weight, "at least one row")
+    wants(weight.numel() > 0, "weight", weight, "at least one row and one column")
     wants(weight.dtype == hidden.dtype, "weight", weight, f"the dtype of hidden, {hidden.dtype}")
     wants(weight.device == hidden.device, "weight", weight, f"device {hidden.device}, where hidden is")
     target_arguments(hidden, targets, per_position)
@@ -249,19 +267,16 @@ def chunks(x: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(1, CHUNK // max(1, x.shape[-1])))
 
 
-def row_sums(x: Tensor) -> Tensor:
-    """[N, H] -> [N], in which a NaN or an infinity of a row shows. No mask or copy as large as ``x`` is ever made."""
-    if x.is_cuda or x.dtype in (torch.float32, torch.float64):
-        return x.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.cat([part.sum(-1, dtype=torch.float32) for part in chunks(x)])  # A CPU casts before it sums.
+def rows_are_finite(x: Tensor) -> Tensor:
+    """[N, H] -> [N] bool. One reading of ``x`` and no copy: a product with a number so small that nothing overflows."""
+    return torch.isfinite(torch.mv(x, x.new_full(x.shape[1:], 2.0**-20)))
 
 
 def finite_rows(hidden: Tensor, kept: Tensor | None, real: Tensor | None = None) -> None:
     """Kept hidden states hold numbers."""
-    sums = row_sums(hidden)
-    sums = sums if kept is None else sums[kept]
-    sums = sums if real is None else sums.where(real, 0.0)
-    holds(
-        torch.isfinite(sums).all(),
-        "hidden: got NaN or infinity in a row whose target is not ignored, wants finite numbers",
-    )
+    if kept is None or hidden.is_cuda:
+        fine = rows_are_finite(hidden) if kept is None else rows_are_finite(hidden)[kept]
+    else:
+        fine = torch.cat([rows_are_finite(hidden[part]) for part in kept.split(max(1, CHUNK // hidden.shape[1]))])
+    fine = fine if real is None else fine | ~real
+    holds(fine.all(), "hidden: got NaN or infinity in a row whose target is not ignored, wants finite numbers")

@@ -23,6 +23,13 @@ def segment_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.segment_reduce(x.double(), "sum", offsets=cu_seqlens).to(x.dtype)
 
 
+def acting(cu_seqlens: Tensor, mask: Tensor | None) -> Tensor:
+    """[S] bool: whether the mask [N] (None: all true) is true anywhere in a sequence."""
+    if mask is None:
+        return cu_seqlens.diff() > 0
+    return torch.cat([cu_seqlens.new_zeros(1), mask.cumsum(0)])[cu_seqlens].diff() > 0
+
+
 def spread(x: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
     """[S] -> [N]: each row gets the value of its sequence."""
     return torch.repeat_interleave(x, cu_seqlens.diff(), output_size=rows)

@@ -265,6 +265,17 @@ def test_transforms_of_functions_are_refused(way, transform):
         asked[transform]()
 
 
+@pytest.mark.parametrize("way", ["statistics", "loss"])
+def test_several_upstream_gradients_at_once_are_refused(backend, way):
+    hidden, weight, targets = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4), torch.arange(3)
+    if way == "loss":
+        found, upstream = rk.sft_loss(hidden, weight, targets, backend=backend).loss, torch.ones(2)
+    else:
+        found, upstream = rk.token_stats(hidden, weight, targets, backend=backend).logp, torch.eye(3)
+    with pytest.raises(RuntimeError, match="is_grads_batched"):
+        torch.autograd.grad(found, hidden, upstream, is_grads_batched=True)
+
+
 def test_losses_without_a_head_may_be_transformed():
     """They are plain torch, and so are their derivatives of any order."""
     values, returns = torch.randn(3, 4), torch.randn(4)

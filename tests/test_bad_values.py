@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rlhf_kernels as rk
 
@@ -69,19 +69,23 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, tuple[int, 
     "bradley_terry_loss": (
         rk.bradley_terry_loss, scored(margin=torch.ones(3)), {"scores": (4, None), "margin": (1, None)},
     ),
-    "plackett_luce_loss": (
-        rk.plackett_luce_loss, scored(ranks=torch.arange(6.0), groups=3), {"scores": (0, None), "ranks": (5, None)},
+    "bradley_terry_loss with ties": (
+        rk.bradley_terry_loss, scored(ranks=torch.tensor([1, 1, 1, 2, 2, 1]), center_coef=0.1), {"scores": (2, 0)},
     ),
-    "infonce_loss": (rk.infonce_loss, scored(positive=KEPT, groups=3), {"scores": (0, None)}),
+    "plackett_luce_loss": (
+        rk.plackett_luce_loss, scored(ranks=torch.arange(6.0), groups=torch.tensor([0, 1, 1, 1, 2, 2])),
+        {"scores": (1, 0)},
+    ),
+    "infonce_loss": (rk.infonce_loss, scored(positive=KEPT, groups=2), {"scores": (2, 0)}),
     "gae": (
         rk.gae, {"rewards": per_token().where(KEPT, 0.0), "values": per_token(), "cu_seqlens": CU, "mask": KEPT,
                  "bootstrap": torch.ones(S)},
-        {"rewards": (0, None), "values": (1, 2), "bootstrap": (0, None)},
+        {"rewards": (0, None), "values": (1, 2), "bootstrap": (0, 3)},
     ),
     "shaped_rewards": (
         rk.shaped_rewards, {"scores": torch.ones(S), "logp": per_token(), "ref_logp": per_token(), "cu_seqlens": CU,
                             "beta": torch.tensor(0.1), "mask": KEPT},
-        {"scores": (0, None), "logp": (1, 2), "ref_logp": (4, 5)},
+        {"scores": (0, 3), "logp": (1, 2), "ref_logp": (4, 5)},
     ),
     "whiten": (rk.whiten, {"x": per_token(), "mask": KEPT}, {"x": (0, 2)}),
     "group_advantages": (rk.group_advantages, scored(groups=2), {"scores": (3, None)}),
@@ -200,6 +204,7 @@ def strange(x: Tensor) -> dict[str, Tensor]:
     if x.dim() == 2:
         made |= {"csr": x.to_sparse_csr(), "mkldnn": x.float().to_mkldnn()}
     if x.dtype == torch.float32:
+        made |= {"negated": torch._neg_view(x), "of a library": FakeTensorMode().from_tensor(x)}
         made |= {"float8": x.to(torch.float8_e4m3fn), "complex": x.to(torch.complex64)}
     return made
 
@@ -264,32 +269,23 @@ def test_hidden_states_made_for_inference_cannot_be_trained_on():
         rk.sft_loss(hidden, x["weight"].requires_grad_(), TARGETS)
 
 
-class Largest(TorchDispatchMode):
-    """How many elements the largest tensor has that an operation makes, views left out."""
+def test_ranks_may_be_infinite_and_no_nan():
+    """Only their order matters, in which infinity has a place."""
+    arguments = CASES["plackett_luce_loss"][1]
+    ranks = arguments["ranks"].clone()
+    ranks[3] = math.inf
+    found = rk.plackett_luce_loss(**{**arguments, "ranks": ranks}).loss
+    ranks[3] = 9.0
+    assert torch.equal(found, rk.plackett_luce_loss(**{**arguments, "ranks": ranks}).loss)
+    ranks[3] = math.nan
+    with pytest.raises(ValueError, match=r"^ranks: got NaN"):
+        rk.plackett_luce_loss(**{**arguments, "ranks": ranks})
 
-    elements = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-            if out.untyped_storage().data_ptr() not in known:
-                self.elements = max(self.elements, out.numel())
-        return out
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reason", ["softcap", "mask", "NaN"])
-def test_to_look_for_bad_values_costs_no_memory(backend, dtype, reason):
-    """A mask or a copy as large as the head would not fit any ``max_bytes``."""
-    hidden, weight = torch.ones(2, 64, dtype=dtype), torch.ones(40_000, 64, dtype=dtype)
-    options: dict[str, Any] = {"softcap": 30.0} if reason == "softcap" else {}
-    if reason == "mask":  # of which the mean in float32 is infinite, so that a reason is looked for
-        options["bias"] = torch.zeros(40_000, dtype=dtype)
-        options["bias"][1:] = torch.finfo(dtype).min
-    if reason == "NaN":
-        weight[3, 3] = math.nan
-    refused = pytest.raises(ValueError, match=r"^weight: ") if reason == "NaN" else nullcontext()
-    with Largest() as seen, torch.no_grad(), refused:
-        rk.token_stats(hidden, weight, torch.tensor([0, 0]), backend=backend, **options)
-    assert 0 < seen.elements <= weight.numel() // 2
+@pytest.mark.parametrize("number", [np.int64(5), np.float32(5.0), 5.0], ids=lambda x: type(x).__name__)
+def test_a_denominator_may_be_a_number_of_numpy(number):
+    found, expected = (rk.sft_loss(**head(), num_tokens=n).loss for n in (number, 5))
+    assert torch.equal(found, expected)
+    for bad in (np.float32("nan"), np.int64(-1), np.ones(2)):
+        with pytest.raises((ValueError, TypeError), match=r"^num_tokens: "):
+            rk.sft_loss(**head(), num_tokens=bad)

@@ -153,6 +153,48 @@ def test_ready_logits_and_statistics_under_autocast():
     assert_same(step, P.hidden, P.weight)
 
 
+def test_a_number_may_come_first():
+    """The dtype and device of results are those of the head, in whatever order the arguments are named."""
+
+    def step(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        stats = rk.token_stats(temperature=0.7, hidden=hidden, weight=weight, targets=P.targets)
+        out = rk.sft_loss(z_loss=1e-4, targets=P.targets, weight=weight, hidden=hidden)
+        return out.loss + stats.logp.sum() * 2, out.metrics
+
+    assert_same(step, P.hidden, P.weight)
+
+
+def test_the_references_bias_under_autocast():
+    bias = torch.linspace(-1, 1, P.weight.shape[0])
+
+    def step(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            head: dict[str, Any] = {"bias": bias, "ref_head": {"bias": bias}}
+            kl = rk.kl_divergence(hidden, weight, REF_HIDDEN, REF_WEIGHT, P.targets, **head)
+        return kl.sum(), {"kl": kl.detach()}
+
+    assert_same(step, P.hidden, P.weight)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own look at it
+def test_gradients_of_float16_are_scaled_before_they_are_rounded():
+    """Before, what a loss scale would have saved is lost, and what it makes too large is infinite."""
+
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        return rk.sft_loss(hidden, weight, P.targets, num_tokens=10**6).loss
+
+    found = []
+    for run in (step, torch.compile(step, backend="aot_eager")):
+        leaves = [x.half().requires_grad_() for x in (P.hidden, P.weight)]
+        (run(*leaves) * 65536.0).backward()
+        found.append([x.grad for x in leaves])
+    for a, b in zip(*found, strict=True):
+        assert b is not None
+        assert torch.equal(a, b)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="float16"):
+        compiled(step)(*leaves)
+
+
 @pytest.mark.parametrize("way", ["loss", "statistics"])
 def test_second_derivatives_are_refused(way):
     def step(hidden: Tensor) -> Tensor:

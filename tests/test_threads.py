@@ -152,3 +152,14 @@ def test_an_error_in_one_thread_is_nobody_elses(backend: str) -> None:
                 assert alike(given.gradients(LOSSES["ppo"](given, backend)), want[k % 2])
 
     at_once(work)
+
+
+@pytest.mark.parametrize("max_bytes", [None, 300_000])
+def test_backward_twice_gives_the_same_bits(backend: str, max_bytes: int | None) -> None:
+    """Also where few rows have a gradient: a second backward has nothing left of the first, and computes anew."""
+    draw = torch.Generator().manual_seed(8)
+    hidden, weight = (torch.randn(n, 24, generator=draw).requires_grad_() for n in (64, 3001))
+    logp = rk.token_stats(hidden, weight, torch.arange(64), backend=backend, max_bytes=max_bytes).logp
+    upstream = torch.randn(64, generator=draw).where(torch.arange(64) % 3 > 0, 0.0)
+    first, *more = (torch.autograd.grad(logp, (hidden, weight), upstream, retain_graph=True) for _ in range(3))
+    assert all(alike(list(again), list(first)) for again in more)

@@ -17,6 +17,12 @@ FIRST_ONLY = (
 NO_FORWARD_MODE = "rlhf_kernels: got a tangent of forward-mode differentiation, wants backward(): there is no other way"
 
 
+NO_BATCHES = (
+    "rlhf_kernels: got several upstream gradients at once (is_grads_batched=True, jacobian(vectorize=True)), wants one "
+    "backward after another"
+)
+
+
 def _active(device: torch.device) -> bool:
     kind = device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -50,6 +56,14 @@ def without_autocast(like: object) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def _refuse_batches(upstream: tuple[Tensor | None, ...]) -> None:
+    for grad in upstream:
+        try:
+            _ = None if grad is None else grad.data_ptr()
+        except RuntimeError:
+            raise RuntimeError(NO_BATCHES) from None
+
+
 class _Once(torch.autograd.Function):
     """Passes a gradient on; whoever differentiates it hears that this cannot be done."""
 
@@ -73,6 +87,7 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_batches(upstream)
         saved = ctx.saved_tensors  # This raises if one was changed in place meanwhile.
         with torch.no_grad(), without_autocast(saved[0]):
             grads = backward(ctx, saved, *upstream)

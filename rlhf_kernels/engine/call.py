@@ -244,22 +244,23 @@ def prepare(
     weight_grad, scale = options.get("weight_grad"), options.get("loss_scale", 1.0)
     if weight_grad is not None:
         check.wants(weight is not None, "weight_grad", weight_grad, "a head to belong to, not ready logits")
-        check.shaped("weight_grad", weight_grad, tuple(weight.shape), hidden.device, "as weight")  # type: ignore[union-attr]
+        assert weight is not None
+        check.shaped("weight_grad", weight_grad, tuple(weight.shape), hidden.device, "as weight")
         full = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         usable = torch.is_inference_mode_enabled() or not weight_grad.is_inference()
         check.wants(usable, "weight_grad", weight_grad, "a buffer made outside torch.inference_mode")
         check.wants(weight_grad.dtype == full, "weight_grad", weight_grad, str(full).removeprefix("torch."))
+        its_own = weight_grad.data_ptr() != weight.data_ptr() and 0 not in weight_grad.stride()
+        check.wants(its_own, "weight_grad", weight_grad, "a buffer that shares no memory with weight, nor with itself")
     check.wants(check.is_finite(scale) and scale != 0, "loss_scale", scale, "a finite number other than zero")
     default = MAX_BYTES.get(hidden.device.type, MAX_BYTES_GPU)
     max_bytes = options.get("max_bytes")
     max_bytes = default if max_bytes is None else max_bytes
     check.wants(check.is_count(max_bytes), "max_bytes", max_bytes, "a positive whole number of bytes")
-
     tolerance = options.get("tolerance")
     if tolerance is not None:
         check.wants(check.is_number(tolerance) and 0 < tolerance < 1, "tolerance", tolerance, "above 0 and below 1")
         check.wants(weight is not None, "tolerance", tolerance, "None where there is no head, and no product to save")
-
     flat = targets.reshape(hidden.shape[:-1].numel(), -1).long() if targets.numel() else targets.reshape(0, 1).long()
     most = options.get("max_targets")
     check.wants(most is None or check.is_count(most), "max_targets", most, "a positive whole number, or None")

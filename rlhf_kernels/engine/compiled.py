@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_kernels.engine.boundary import cast_inputs
+from rlhf_kernels.engine.boundary import cast_inputs, cast_reference
 from rlhf_kernels.engine.nodes import Arguments, loss_op, statistics_op
 from rlhf_kernels.types import LossOutput, TokenStats
 
@@ -24,6 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 HEADS = ("hidden", "weight", "bias", "ref", "ref_hidden", "ref_weight")  # Autocast casts these.
 LOST = ("tolerance/lost", "tolerance/dense")  # metrics of any loss with a tolerance
 NO_BUFFER = "rlhf_kernels: weight_grad is added to in place, so such a call is not part of a compiled graph"
+NO_ROOM = "rlhf_kernels: float16 has no room for gradients still to be scaled, so they are no part of a compiled graph"
 NO_GROUP = "rlhf_kernels: ranks meet in a call with tp_group, so it is not part of a compiled graph"
 NO_OBJECTIVE = "rlhf_kernels: fused_loss calls the caller's objective, so it is not part of a compiled graph"
 
@@ -64,6 +65,8 @@ def _cast(arguments: Arguments) -> None:
             arguments[name] = cast_inputs(x)[0]
         elif isinstance(x, (tuple, list)):
             arguments[name] = tuple(cast_inputs(*x))
+    if "ref_head" in arguments:
+        arguments["ref_head"] = cast_reference(None, arguments["ref_head"])[1]
 
 
 def _given(x: Any) -> bool:
@@ -71,7 +74,6 @@ def _given(x: Any) -> bool:
 
 
 def _node(op: Callable[..., list[Tensor]], public: str, names: tuple[str, ...], arguments: Arguments) -> list[Tensor]:
-    _cast(arguments)
     arguments.pop("loss_scale", None)  # belongs to weight_grad
     flat = _Flat()
     given = "".join([f"({name!r}, {flat.text(name, arguments[name])})," for name in arguments])
@@ -82,6 +84,21 @@ def _why_apart(arguments: Arguments) -> str:
     if arguments.get("tp_group") is not None:
         return NO_GROUP
     return "" if arguments.get("weight_grad") is None else NO_BUFFER
+
+
+def _has_room(arguments: Arguments) -> bool:
+    """Whether gradients keep their digits in the dtype of what they belong to until a loss scale reaches them."""
+    return not torch.is_grad_enabled() or not any(
+        isinstance(x, Tensor) and x.requires_grad and x.dtype == torch.float16 for x in arguments.values()
+    )
+
+
+def _prepared(parameters: tuple[str, ...], arguments: Arguments) -> Arguments:
+    """As autocast casts them, in the function's order: its first one says device and dtype of its results."""
+    ordered = {name: arguments[name] for name in parameters if name in arguments}
+    ordered.update({name: arguments[name] for name in arguments if name not in ordered})
+    _cast(ordered)
+    return ordered
 
 
 def _outside(fn: Callable[..., Any], why: str) -> Callable[..., Any]:
@@ -108,6 +125,9 @@ def compilable_loss(*metrics: str, **optional: tuple[str, ...]) -> Callable[[F],
             why = _why_apart(arguments)
             if why:
                 return _outside(fn, why)(*args, **kwargs)
+            arguments = _prepared(parameters, arguments)
+            if not _has_room(arguments):
+                return _outside(fn, NO_ROOM)(*args, **kwargs)
             names = metrics
             for name, needs in optional.items():
                 if any(_given(arguments.get(need)) for need in needs):
@@ -135,6 +155,7 @@ def compilable_statistics(*fields: str) -> Callable[[F], F]:
             why = _why_apart(arguments)
             if why:
                 return _outside(fn, why)(*args, **kwargs)
+            arguments = _prepared(parameters, arguments)
             arguments.pop("overwrite", None)  # a permission; the compiler plans its own memory
             found = _node(statistics_op, public, fields, arguments)
             if len(fields) == 1:

@@ -222,7 +222,7 @@ def token_logps(hidden: Tensor, weight: Tensor, token_ids: Tensor, **head: Unpac
     """
     check.float_tensor("weight", weight, 2)
     check.tensor("token_ids", token_ids, "an integer tensor [..., K]")
-    check.wants(token_ids.dim() > 0, "token_ids", token_ids, "[..., K]")
+    check.wants(token_ids.dim() > 0 and token_ids.shape[-1] > 0, "token_ids", token_ids, "[..., K], K of one or more")
     return _statistics(hidden, weight, token_ids, 1, None, None, "reverse", head).logp
 
 

@@ -14,8 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rlhf_kernels.backends.vocab_parallel import VocabParallel
 from rlhf_kernels.engine.call import Call
-from rlhf_kernels.engine.explain import explain
+from rlhf_kernels.engine.explain import explain, explain_gradient
 from rlhf_kernels.types import Entries, Grads, Sinks, SparseBackend, TokenStats
 
 WORTH_A_WAIT = 1e12  # operations of the last two products: more than a millisecond of any GPU
@@ -132,7 +133,7 @@ class Span:
                 tile, keeps = call.tile(a, b), i < self.stash
                 stats, residual = call.backend.forward(tile) if keeps else (call.backend.score(tile), None)
             if call.checks and b > a:
-                explain(stats, call.head, call.reference, i == 0)
+                explain(stats, tile)
             self.pieces.append((a, b))
             self.residuals[a] = residual
             parts.append(stats)
@@ -140,14 +141,17 @@ class Span:
 
     def backward(self, grads: Grads, into: Gradients) -> None:
         """Add the gradients of these rows; rows whose gradient is exactly zero are skipped. Uses up the residuals."""
-        for a, b in self.pieces:
+        for i, (a, b) in enumerate(self.pieces):
             residual = self.residuals.pop(a, None)  # Of threads that run backward at once, one gets it.
             part = slice(a - self.start, b - self.start)
             here = grads.each(lambda g, part=part: g[part])
             with _within_budget(self.call):
-                self._piece(a, b, residual, self.stats.each(lambda x, part=part: x[part]), here, into)
+                stats = self.stats.each(lambda x, part=part: x[part])
+                self._piece(a, b, residual, i < self.stash, stats, here, into)
 
-    def _piece(self, a: int, b: int, residual: Any, stats: TokenStats, grads: Grads, into: Gradients) -> None:
+    def _piece(
+        self, a: int, b: int, residual: Any, remembered: bool, stats: TokenStats, grads: Grads, into: Gradients
+    ) -> None:
         call = self.call
         rows = _active(grads) if self._counts(b - a) else None
         if a == b or (rows is not None and rows.numel() == 0):
@@ -155,7 +159,9 @@ class Span:
         some = None if rows is None or rows.numel() == b - a else rows
         tile, chosen = call.tile(a, b), some
         if residual is None:
-            if some is not None:  # nothing is remembered, so only the rows that matter are computed again
+            # Only the rows that matter are computed again; all of them where an earlier backward had all of them, since
+            # a product of another shape may give other bits.
+            if some is not None and not remembered:
                 tile, some, grads = call.tile(a, b, chosen), None, grads.each(lambda g: g[chosen])
             stats, residual = call.backend.forward(tile)
 
@@ -197,6 +203,9 @@ class Span:
             out = into.hidden[a:b] if direct else into.hidden.new_empty(count, into.hidden.shape[1])
         work(Sinks(out, into.weight, into.bias, into.fresh))
         into.fresh = False
+        # Of ranks that share a head only one may have the weight to blame, and the others would wait for it.
+        if out is not None and self.call.checks and not isinstance(self.call.backend, VocabParallel):
+            explain_gradient(out, self.call.head)
         if into.hidden is not None and out is not None and not direct:
             kept.put(out, a, into.hidden, rows)
 

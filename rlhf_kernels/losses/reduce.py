@@ -12,7 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import cu_seqlens_of, float_tensor, holds, is_finite, one_of, target_arguments, tensor, wants
+from rlhf_kernels.checks import (
+    cu_seqlens_of,
+    float_tensor,
+    holds,
+    is_finite,
+    one_of,
+    plain,
+    target_arguments,
+    tensor,
+    wants,
+)
 from rlhf_kernels.checks import ignore_index as check_ignore_index
 from rlhf_kernels.segments import segment_sum, spread
 
@@ -45,8 +55,9 @@ def denominator(
         wants(number, name, given, "a number or a 0-d tensor")
         value = given.detach()
     else:
-        wants(is_finite(given) and given >= 0, name, given, "a finite number, zero or more")
-        value = torch.full((), given, dtype=torch.float64, device=device)
+        number = plain(given)
+        wants(is_finite(number) and number >= 0, name, given, "a finite number, zero or more")
+        value = torch.full((), number, dtype=torch.float64, device=device)
     value = value.to(device=device, dtype=torch.float64)
     if checks and isinstance(given, Tensor):
         seen = "" if value.is_cuda else f" got {value.item()},"

@@ -10,7 +10,18 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import FLOATS, bool_tensor, finite, flags, float_tensor, is_count, is_finite, shaped, wants
+from rlhf_kernels.checks import (
+    FLOATS,
+    bool_tensor,
+    finite,
+    flags,
+    float_tensor,
+    holds,
+    is_count,
+    is_finite,
+    shaped,
+    wants,
+)
 from rlhf_kernels.checks import positive as check_positive
 from rlhf_kernels.engine import compilable_loss
 from rlhf_kernels.losses.pairs import check_coef, check_label_smoothing, log_sigmoid_loss
@@ -47,7 +58,7 @@ def bradley_terry_loss(
             (https://arxiv.org/abs/2312.09244, Eq. 2).
         label_smoothing: rate of wrong labels, 0 to 0.5; mixes in the loss of the flipped pair.
         num_groups: global denominator; the groups here that have a pair if None.
-        checks: look into the data: nothing NaN or infinite.
+        checks: look into the data: nothing NaN or infinite in a group that counts.
 
     Returns:
         The loss, and averages over pairs, then groups: ``accuracy``, ``margin`` (better less worse),
@@ -62,7 +73,7 @@ def bradley_terry_loss(
     >>> rk.bradley_terry_loss(torch.tensor([500.0, -500.0, 0.0]), ranks=torch.tensor([3, 1, 2]), groups=3).loss
     tensor(666.6667)
     """
-    layout, s = _grouped(scores, groups, checks)
+    layout = _layout(scores, groups, checks)
     check_coef("center_coef", center_coef)
     check_label_smoothing(label_smoothing)
     offset: Tensor | float = 0.0
@@ -72,24 +83,25 @@ def bradley_terry_loss(
         shaped("margin", margin, (scores.numel() // 2,), scores.device, "one per pair")
         if checks:
             finite(margin=margin)
-        offset = margin.detach().to(s.dtype)[:, None, None]
+        offset = margin.detach().to(torch.promote_types(scores.dtype, torch.float32))[:, None, None]
     elif margin is not None:
         wants(is_finite(margin), "margin", margin, "a finite number or one per pair")
         offset = margin
     if ranks is None:
         wants(isinstance(groups, int) and groups == 2, "groups", groups, "2 where ranks is None")
-        order = torch.arange(2, device=s.device).expand(s.shape)
+        order = torch.arange(2, device=scores.device).expand(layout.index.shape)
     else:
         order = _ranks(ranks, scores, layout, checks)
 
-    better, worse = s[:, :, None], s[:, None, :]
     pair = (order[:, :, None] < order[:, None, :]) & layout.member[:, :, None] & layout.member[:, None, :]
+    pairs = pair.sum((1, 2))
+    alive = pairs > 0
+    s = _scores(scores, layout, alive, checks)
+    better, worse = s[:, :, None], s[:, None, :]
     gain = (better - worse).where(pair, 0.0)
     loss = log_sigmoid_loss(label_smoothing)(gain - offset)
     if center_coef:
         loss = loss + center_coef * (better + worse).square()
-    pairs = pair.sum((1, 2))
-    alive = pairs > 0
 
     def mean_of_pairs(x: Tensor) -> Tensor:
         return x.where(pair, 0.0).sum((1, 2)) / pairs.clamp(min=1)
@@ -125,7 +137,7 @@ def plackett_luce_loss(
         groups: K for consecutive groups of K, or [S] integer ids.
         top: count only replies with fewer than ``top`` better ones, where the tail's order means little. None: all.
         num_groups: global denominator; the groups here with two members or more if None.
-        checks: look into the data: nothing NaN or infinite.
+        checks: look into the data: nothing NaN or infinite in a group that counts.
 
     Returns:
         The loss, and ``accuracy``: how often a best-ranked reply has the group's highest score.
@@ -137,10 +149,13 @@ def plackett_luce_loss(
     >>> rk.plackett_luce_loss(torch.zeros(3), torch.tensor([1, 2, 3]), 3).loss  # log 3!
     tensor(1.7918)
     """
-    layout, s = _grouped(scores, groups, checks)
+    layout = _layout(scores, groups, checks)
     order = _ranks(ranks, scores, layout, checks)
     wants(top is None or is_count(top), "top", top, "a positive whole number, or None")
-    member, itself = layout.member, torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
+    member = layout.member
+    alive = member.sum(1) > 1
+    s = _scores(scores, layout, alive, checks)
+    itself = torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
     rival = member[:, None, :] & (order[:, None, :] >= order[:, :, None])
     better = (member[:, None, :] & (order[:, None, :] < order[:, :, None])).sum(2)
     # A padded row keeps itself as a rival: the log-sum-exp of nothing has no gradient.
@@ -148,7 +163,7 @@ def plackett_luce_loss(
     counts = member if top is None else member & (better < top)
     loss = (lse - s).where(counts, 0.0).sum(1)
     hit = _top_hit(s, member & (better == 0), member)
-    return _group_mean(loss, member.sum(1) > 1, num_groups, {"accuracy": hit}, checks)
+    return _group_mean(loss, alive, num_groups, {"accuracy": hit}, checks)
 
 
 @compilable_loss("accuracy")
@@ -172,7 +187,7 @@ def infonce_loss(
         groups: K for consecutive groups of K, or [S] integer ids.
         temperature: scores are divided by it, positive.
         num_groups: global denominator; the groups here with a positive and a negative if None.
-        checks: look into the data: nothing NaN or infinite.
+        checks: look into the data: nothing NaN or infinite in a group that counts.
 
     Returns:
         The loss, and ``accuracy``: how often a positive has the group's highest score.
@@ -184,33 +199,38 @@ def infonce_loss(
     >>> rk.infonce_loss(torch.zeros(4), torch.tensor([True, False, False, False]), 4).loss  # log 4
     tensor(1.3863)
     """
-    layout, s = _grouped(scores, groups, checks)
+    layout = _layout(scores, groups, checks)
     check_positive("temperature", temperature)
     bool_tensor("positive", positive, tuple(scores.shape), scores.device, "that of scores")
     member = layout.member
     good = layout.gather(positive) & member
-    log_p = (s / temperature).masked_fill(~member, -math.inf).log_softmax(1)
     count = good.sum(1)
-    loss = -log_p.where(good, 0.0).sum(1) / count.clamp(min=1)
     alive = (count > 0) & (member & ~good).any(1)
+    s = _scores(scores, layout, alive, checks)
+    log_p = (s / temperature).masked_fill(~member, -math.inf).log_softmax(1)
+    loss = -log_p.where(good, 0.0).sum(1) / count.clamp(min=1)
     return _group_mean(loss, alive, num_groups, {"accuracy": _top_hit(s, good, member)}, checks)
 
 
-def _grouped(scores: Tensor, groups: int | Tensor, checks: bool) -> tuple[Groups, Tensor]:
-    """Layout of the groups, and scores [G, K] in at least float32."""
+def _layout(scores: Tensor, groups: int | Tensor, checks: bool) -> Groups:
     flags(checks=checks)
     float_tensor("scores", scores, 1)
-    layout = group_layout(groups, scores)
+    return group_layout(groups, scores)
+
+
+def _scores(scores: Tensor, layout: Groups, alive: Tensor, checks: bool) -> Tensor:
+    """[G, K] in at least float32; zero in groups that count nowhere, whatever stands there."""
+    counts = alive[:, None].expand(layout.index.shape)
     if checks:
-        finite(scores=scores)
-    return layout, layout.gather(scores.to(torch.promote_types(scores.dtype, torch.float32)))
+        finite(lambda: layout.scatter(counts, scores.numel()), scores=scores)
+    return layout.gather(scores.to(torch.promote_types(scores.dtype, torch.float32))).where(counts, 0.0)
 
 
 def _ranks(ranks: Tensor, scores: Tensor, layout: Groups, checks: bool) -> Tensor:
     shaped("ranks", ranks, tuple(scores.shape), scores.device, "that of scores")
     wants(ranks.dtype in (*FLOATS, *INTEGERS), "ranks", ranks, "whole numbers or floats")
     if checks:
-        finite(ranks=ranks)
+        holds(~torch.isnan(ranks).any(), "ranks: got NaN, wants what can be put in order")
     return layout.gather(ranks.detach())
 
 

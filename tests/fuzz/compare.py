@@ -19,7 +19,7 @@ class Fault(AssertionError):
 
 
 def compare(case: Case, outputs: Outputs, grads: Outputs, true: Truth) -> None:
-    silent(case, outputs)
+    silent(case, {**outputs, **{f"the gradient of {name}": x for name, x in grads.items()}})
     dtype, scores = full(case), case.plain.get("scores")
     scale = true.largest if case.function in HEADED else 0.0 if scores is None else 2 * size(scores.double())
     for name, x in outputs.items():

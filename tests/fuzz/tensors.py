@@ -114,8 +114,9 @@ def entry_verdict(case: Case, name: str, x: Tensor, at: int, value: float) -> st
     if idle is not None and bool(idle.reshape(-1)[at]):
         return "never"
     head = case.plain.get("ref_head") or {}
-    capped = name.startswith("ref") and ("softcap" in case.plain or "softcap" in head)
-    if (name in ("bias", "logits", "ranks") or capped) and abs(value) == INF:
+    capped = (name.startswith("ref") or name == "weight") and ("softcap" in case.plain or "softcap" in head)
+    masked = name == "weight" and isinstance(case.plain.get("bias"), Tensor)
+    if (name in ("bias", "logits", "ranks") or capped or masked) and abs(value) == INF:
         return "may"  # a token that nobody can say; the last of all; a cap that holds infinity too
     counts = x.dim() == 0 if busy is None else bool(busy.reshape(-1)[at])
     bad = (counts and not math.isfinite(value)) or (name == "temperature" and value < 0)
