@@ -224,9 +224,8 @@ def prepare(
     with_checks = check.wanted(options)
     unknown = options.keys() - HeadOptions.__annotations__.keys()
     if unknown:
-        raise TypeError(
-            f"{min(unknown)}: no such option of the head; there are {', '.join(HeadOptions.__annotations__)}"
-        )
+        known = ", ".join(HeadOptions.__annotations__)
+        raise TypeError(f"{min(unknown)}: no argument of this function, and no option of a head; those are {known}")
     if weight is None:
         check.float_tensor("logits", hidden)
         check.wants(hidden.dim() > 0, "logits", hidden, "[..., V]")

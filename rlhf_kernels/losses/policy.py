@@ -67,7 +67,7 @@ def ppo_loss(
         targets: [...] sampled tokens, int64 or int32; ``ignore_index`` marks prompt and padding.
         old_logp: [...] log-probabilities in nats under the policy that sampled; None is on-policy (ratio one).
         advantages: [...] one per token, or [S] one per sequence; then ``cu_seqlens`` strictly increases.
-        clip: how far the ratio may fall below and rise above one.
+        clip: how far the ratio may fall below and rise above one: (0.2, 0.28) allows 0.8 to 1.28.
         dual_clip: largest ratio that counts where the advantage is negative; above one.
         clip_rule: "ppo" or "cispo".
         ratio: "token", or "sequence" for the geometric mean over the sequence's kept tokens (needs ``cu_seqlens``).

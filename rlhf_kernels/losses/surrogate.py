@@ -71,7 +71,12 @@ class PolicyTerms:
 
     def __post_init__(self) -> None:
         pair = isinstance(self.clip, (tuple, list)) and len(self.clip) == 2 and all(map(is_number, self.clip))
-        wants(pair and min(self.clip) >= 0, "clip", self.clip, "(low, high) around one, not negative")
+        wants(
+            pair and min(self.clip) >= 0,
+            "clip",
+            self.clip,
+            "two distances from a ratio of one, below and above it, as (0.2, 0.28)",
+        )
         one_of("clip_rule", self.clip_rule, ("ppo", "cispo"))
         one_of("ratio", self.ratio, ("token", "sequence"))
         if self.dual_clip is not None:
