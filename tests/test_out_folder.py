@@ -19,6 +19,7 @@ from tests.pipeline_worlds import Cut, environment, written  # noqa: F401 (a fix
 from tests.trainer_worlds import small_policy
 from trainer import cli, report, run_folder
 from trainer.checkpoint import Checkpoints
+from trainer.demo import FOLDERS, Demo, DemoConfig
 from trainer.guard import save_batch
 from trainer.models import load_policy
 
@@ -37,13 +38,61 @@ def test_a_folder_of_others_is_refused_and_stays(
     assert seen(tmp_path / "theirs") == before
 
 
-@pytest.mark.parametrize("name", [*THEIRS, "log.txt", ".git/HEAD", "adapter_config.json"])
-def test_whatever_lies_in_it(name: str, tmp_path: Path) -> None:
-    put(tmp_path, {name: THEIRS.get(name, "x")})
+TAKEN = [name for name in THEIRS if name.split("/")[0] in run_folder.NAMES]
+FREE = [name for name in THEIRS if name not in TAKEN and name.split("/")[0] not in FOLDERS]
+FREE += [
+    "notes.txt", "train.log", "slurm-1.out", ".gitkeep", ".DS_Store", ".nfs0001", ".git/HEAD", "lost+found/x",
+    ".ipynb_checkpoints/a.ipynb", "adapter_config.json", "resolved.yaml.saving",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*TAKEN, "metrics.jsonl.saving", ".model.replaced/model.safetensors"])
+def test_what_has_a_name_that_a_run_writes_needs_our_mark(name: str, tmp_path: Path) -> None:
+    put(tmp_path, {name: THEIRS.get(name, "x"), "notes.txt": "n"})
     before = seen(tmp_path)
     with pytest.raises(ValueError, match=f"out: .* holds {name.split('/')[0]} but no run of ours"):
         run_folder.claim(tmp_path, overwrite=True)
     assert seen(tmp_path) == before
+
+
+def test_what_has_another_name_is_nobody_s_business(here: Path, tmp_path: Path) -> None:
+    """Nor is an empty folder; all of it stays, also when the run is replaced."""
+    out = tmp_path / "run"
+    put(out, {name: "theirs" for name in FREE if name != "resolved.yaml.saving"})
+    (out / "model").mkdir()
+    before = seen(out)
+    del before["model"]
+    argv = [*commands(here)["sft"], "--out", str(out)]
+    for more in ([], ["--overwrite"]):
+        assert cli.main([*argv, *more]) == 0
+        after = seen(out)
+        assert {name: after[name] for name in before} == before
+    load_policy(str(out))
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_each_of_them_alone(name: str, tmp_path: Path) -> None:
+    put(tmp_path, {name: "x"})
+    before = seen(tmp_path)
+    assert run_folder.claim(tmp_path) == tmp_path
+    assert seen(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["data/prompts.jsonl", "sft/model/model.safetensors"])
+def test_the_demo_has_folders_of_its_own(name: str, here: Path, tmp_path: Path, capfd: Any) -> None:
+    """In a folder that another stage has marked they are somebody's, and in that of a demo they are ours."""
+    put(tmp_path, {name: "theirs"})
+    for mark in (False, True):
+        out = marked(tmp_path) if mark else tmp_path
+        before = seen(out)
+        assert cli.main([*commands(here)["demo"], "--out", str(out), "--overwrite"]) == 2
+        one_line(capfd, f"out: {out} holds {name.split('/')[0]} but no run of ours", *["of demo"] * mark)
+        with pytest.raises(ValueError, match=f"holds {name.split('/')[0]} but no run of ours"):
+            Demo(DemoConfig(out=out, quiet=True))
+        assert seen(out) == before
+    text = (tmp_path / "resolved.yaml").read_text()
+    put(tmp_path, {"resolved.yaml": text.replace("stage: sft", "stage: demo")})
+    run_folder.check(tmp_path, own=("demo", FOLDERS))
 
 
 @pytest.mark.parametrize("where", ["", "sft"])
@@ -96,7 +145,7 @@ def test_a_caller_s_own_folder_is_looked_at_too(here: Path, tmp_path: Path) -> N
     """In a notebook `out="."` is soon said, and `./model` there is somebody's."""
     small_policy(7).save(tmp_path / "model")
     cfg = config("sft", here, tmp_path, steps=1)
-    with pytest.raises(ValueError, match=f"out: {tmp_path / 'model'} is there already, and of no run of ours"):
+    with pytest.raises(ValueError, match=f"out: {tmp_path} holds model but no run of ours"):
         train(cfg)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     train(cfg := dataclasses.replace(cfg, out=tmp_path / "run"))

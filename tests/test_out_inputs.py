@@ -145,7 +145,7 @@ def test_a_full_disk_names_the_file(here: Path, tmp_path: Path, capfd: Any, monk
     monkeypatch.undo()
     monkeypatch.setattr(os, "fsync", full)
     assert cli.main([*commands(here)["split"], "--out", str(tmp_path / "b")]) == 2
-    one_line(capfd, "summary.json could not be written: No space left on device")
+    one_line(capfd, "resolved.yaml could not be written: No space left on device")
 
 
 # Other ranks
@@ -189,7 +189,7 @@ def test_a_rank_locks_its_folder_and_copies_no_weights(
     mine = ranks._own_folder()
     assert ranks._locked(mine.parent) is None, "it is held already"
     ranks._look_into(cfg.out, mine)
-    assert sorted(p.name for p in mine.iterdir()) == ["checkpoints", "metrics.jsonl"]
+    assert sorted(p.name for p in mine.iterdir()) == ["checkpoints", "metrics.jsonl", "resolved.yaml"]
     assert Checkpoints(mine).latest(print) is not None
     monkeypatch.setattr(ranks, "mine", lambda: 1)
     with Session(dataclasses.replace(cfg, out=mine), None, "sft"):

@@ -228,7 +228,7 @@ def test_pitfall_19_no_pickles(
     written = [p for p in cfg.out.rglob("*") if p.is_file()]
     train(cfg, resume=True)
     written += [p for p in cfg.out.rglob("*") if p.is_file()]
-    assert {p.suffix for p in written} == {".safetensors", ".json", ".jsonl"}
+    assert {p.suffix for p in written} == {".safetensors", ".json", ".jsonl", ".yaml"}
 
 
 def test_pitfall_19_pickles_are_refused(path: Path, tmp_path: Path, stopper: Stopper) -> None:

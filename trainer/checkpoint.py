@@ -137,20 +137,37 @@ class Checkpoints:
         with suppress(OSError):
             self.folder.rmdir()  # A link is no folder, so it stays.
 
+    def begun(self) -> bool:
+        """Whether there is anything that ``clear`` would remove."""
+        return bool(self._ours()) or (self.folder / POINTER).exists()
+
+    def others(self) -> bool:
+        """Whether something has a name of ours, and is none of ours: a checkpoint without a manifest, or a pointer."""
+        strange = not self.folder.is_dir() and self.folder.exists()
+        for name in self.names():
+            strange |= not (self.folder / name / MANIFEST).is_file()
+        return strange or ((self.folder / POINTER).exists() and not NAME.fullmatch(self._told() or ""))
+
     def _ours(self) -> list[str]:
         """Folders that a run has made, leftovers of a crash among them; whatever else lies there is of others."""
         folders = [p for p in self.folder.iterdir() if p.is_dir()] if self.folder.is_dir() else []
         return sorted(p.name for p in folders if _is_ours(p))
 
     def _pointed(self) -> str | None:
+        name = self._told()
+        return name if name in self.names() else None
+
+    def _told(self) -> str | None:
+        """What the pointer says."""
         try:
             name = json.loads((self.folder / POINTER).read_text(encoding="utf-8"))["checkpoint"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return name if isinstance(name, str) and name in self.names() else None
+        return name if isinstance(name, str) else None
 
     def _point(self, name: str) -> None:
         draft = self.folder / (POINTER + ASIDE)
+        draft.unlink(missing_ok=True)  # In a folder that came from others it may be a link to elsewhere.
         write_json(draft, {"checkpoint": name})
         draft.replace(self.folder / POINTER)
         _sync_folder(self.folder)

@@ -149,7 +149,8 @@ def _run(name: str, argv: list[str]) -> int:
     out = Path(getattr(config, OUT))
     provenance = _provenance(name, argv, config)
     importlib.import_module("trainer.aspects").check_sources(config)
-    run_folder.claim(out, overwrite=common.overwrite, reads=[config])
+    folders = (name, getattr(module, "FOLDERS", ()))
+    run_folder.claim(out, overwrite=common.overwrite, reads=[config], own=folders)
     config_file.write_resolved(out, config, provenance, {"stage": name, "threads": used_threads()})
     return _train_alone(name, getattr(module, stage.run), config)
 
@@ -166,6 +167,7 @@ def _resume(argv: list[str]) -> int:
     if not (out / config_file.RESOLVED).is_file():
         raise ValueError(f"resume: {out} holds no run: there is no {config_file.RESOLVED} in it")
     pipeline = importlib.import_module("trainer.pipeline")
+    run_folder.refuse_links(out, folders=())
     if pipeline.planned(out):
         return pipeline.main([str(out / config_file.RESOLVED), "--out", str(out), *flags])
     recipe = config_file.load(out / config_file.RESOLVED)
@@ -175,6 +177,7 @@ def _resume(argv: list[str]) -> int:
     if (out / run_folder.SUMMARY).exists():
         say(f"{out} holds a finished run: nothing to resume")
         return 0
+    run_folder.refuse_links(out)
     stage, module = _load(name, recipe.pop("threads", None), flags, recipe)
     if not resumable(run := getattr(module, stage.run)):
         raise ValueError(f"resume: a run of {name} cannot be resumed; start it again with --overwrite")

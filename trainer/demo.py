@@ -18,13 +18,15 @@ import torch
 from trainer import demo_task, ppo, reward, sft
 from trainer.demo_eval import MAX_NEW_TOKENS, Judged, judged
 from trainer.demo_summary import Arm, measures, summarise
-from trainer.log import RunLog
 from trainer.models import Policy
+from trainer.run_folder import refuse_others
+from trainer.run_mark import opened
 from trainer.tiny import tiny_policy, word_tokenizer
 
 K = 4  # responses per ranked prompt
 NOISE = 0.5  # of the annotators, in units of the judge's score
 SFT_BATCH = 64
+FOLDERS = ("base", "data", "sft", "reward", "ppo", "weak_reward", "hack")  # They lie in its run folder.
 GLANCE = 128  # held-out prompts for the curves
 
 
@@ -61,7 +63,8 @@ class Demo:
 
     def __init__(self, cfg: DemoConfig) -> None:
         self.cfg = cfg
-        self.log = RunLog(cfg.out, quiet=cfg.quiet)
+        refuse_others(Path(cfg.out), own=("demo", FOLDERS))
+        self.log = opened(cfg, "demo")
         self.source = random.Random(cfg.seed)
         self.test = demo_task.prompts(cfg.test_prompts, self.source, held_out=True)
 

@@ -18,6 +18,7 @@ from trainer.log import RunLog
 from trainer.models import Policy, load_policy
 from trainer.rewards import responses_of
 from trainer.rollout import sample
+from trainer.run_mark import opened
 from trainer.tax import Loss, Task, answer_all, held_out_texts, losses, per_token, read_task, right
 from trainer.text import encode_prompts
 
@@ -76,7 +77,7 @@ def run(cfg: EvalConfig, log: RunLog | None = None) -> dict[str, Any]:
     """
     check(cfg)
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-    log = log or RunLog(cfg.out, quiet=cfg.quiet)
+    log = log or opened(cfg, "eval")
     named = {"base": cfg.base, "policy": cfg.model} if cfg.base else {"policy": cfg.model}
     policies = {name: load_policy(path).to(device) for name, path in named.items()}
     results: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from trainer.inspect_data import inspect, plain
 from trainer.inspect_read import Kind
 from trainer.inspect_text import screen
 from trainer.log import RunLog
+from trainer.run_mark import opened
 
 FACTS = "facts.json"
 
@@ -45,7 +46,7 @@ def run(cfg: InspectConfig, log: RunLog | None = None) -> dict[str, Any]:
         cfg: The configuration.
         log: Where to log; None makes a log in ``cfg.out``.
     """
-    log = log or RunLog(cfg.out, quiet=cfg.quiet)
+    log = opened(cfg, "inspect", log)
     facts = inspect(
         cfg.data, kind=cfg.kind, held_out=cfg.held_out, tokenizer=cfg.tokenizer, category=cfg.category,
         with_baselines=cfg.baselines,

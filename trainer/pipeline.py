@@ -103,8 +103,13 @@ def main(argv: Sequence[str]) -> int:
         if (out / run_folder.SUMMARY).exists():
             say(f"{out} holds a finished run: nothing to do")
             return 0
+        left = [w for w in work if not w.done]  # What is finished is only read, and may lie on another disk.
+        run_folder.refuse_links(out, folders=[w.name for w in left])
+        for w in left:
+            run_folder.refuse_links(w.config.out)
     else:
         run_folder.check(out, overwrite=options.overwrite, reads=[w.config for w in work])
+        run_folder.refuse_links(out, folders=[w.name for w in work])
         for w in work:
             run_folder.check(w.config.out, overwrite=options.overwrite, reads=[w.config])
         for folder in (w.config.out for w in work):

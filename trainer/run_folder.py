@@ -1,5 +1,5 @@
-"""Whose a folder is. A run writes into a new folder, an empty one or one of ours; there it replaces what a run has
-written and nothing else, and never what it reads.
+"""Whose a folder is. A run writes a few names, and only where nothing has them or a run of ours has begun; there it
+replaces what a run has written and nothing else, and never what it reads, nor what lies behind a link.
 """
 
 from __future__ import annotations
@@ -22,13 +22,19 @@ except ImportError:  # Windows
     fcntl = None
 
 MODELS, NOT_FINITE = ("model", "value"), "not_finite"
+BATCH = ("about.json", "batch.safetensors")  # These lie in NOT_FINITE.
 METRICS, SAMPLES, SUMMARY, REPORT = "metrics.jsonl", "samples.jsonl", "summary.json", "report.html"
 ALARMS = "alarms.jsonl"
 LOGS = (SUMMARY, METRICS, SAMPLES, ALARMS, REPORT)
 FILES = (*LOGS, RESOLVED, "train.jsonl", "held_out.jsonl", "facts.json")  # All stages together write these.
+DRAFTS = tuple(name + DRAFT for name in FILES if name != RESOLVED)  # A run that died early has left that of RESOLVED.
+SWAPS = tuple(f".{model}{how}" for model in MODELS for how in (DRAFT, ".replaced"))
+Own = tuple[str, Sequence[str]]  # a stage, and the folders that it alone writes
+NOTHING: Own = ("", ())
+NAMES = (*FILES, *DRAFTS, *MODELS, *SWAPS, CHECKPOINTS, NOT_FINITE)
 
 
-def claim(out_dir: str | Path, *, overwrite: bool = False, reads: Sequence[Any] = ()) -> Path:
+def claim(out_dir: str | Path, *, overwrite: bool = False, reads: Sequence[Any] = (), own: Own = NOTHING) -> Path:
     """Makes a run folder ready for a new run; logs and checkpoints of an earlier run in it are cleared away.
 
     Args:
@@ -36,6 +42,7 @@ def claim(out_dir: str | Path, *, overwrite: bool = False, reads: Sequence[Any] 
         overwrite: Clear away a finished run as well, or one that can go on. Models stay until the new run replaces
             them, and files of others stay for good.
         reads: Configs of the run, whose inputs are not to be written over.
+        own: A stage, and further folders that it alone writes.
 
     Returns:
         The folder.
@@ -43,7 +50,7 @@ def claim(out_dir: str | Path, *, overwrite: bool = False, reads: Sequence[Any] 
     Raises:
         ValueError: What ``check`` raises.
     """
-    folder = check(out_dir, overwrite=overwrite, reads=reads)
+    folder = check(out_dir, overwrite=overwrite, reads=reads, own=own)
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         Checkpoints(folder).clear()
@@ -52,21 +59,20 @@ def claim(out_dir: str | Path, *, overwrite: bool = False, reads: Sequence[Any] 
     return folder
 
 
-def check(out_dir: str | Path, *, overwrite: bool = False, reads: Sequence[Any] = ()) -> Path:
+def check(out_dir: str | Path, *, overwrite: bool = False, reads: Sequence[Any] = (), own: Own = NOTHING) -> Path:
     """Whether ``claim`` may do its work; nothing is changed, and no folder is made.
 
     Raises:
-        ValueError: It holds what is no run of ours, whatever ``overwrite`` says; or a finished run, or one that can go
-            on, and ``overwrite`` is false; or a run is under way in it; or the run would write over what it reads.
+        ValueError: It holds, under a name that a run writes, what is of no run of ours, whatever ``overwrite`` says; or
+            a link under such a name; or a finished run, or one that can go on, and ``overwrite`` is false; or a run is
+            under way in it; or the run would write over what it reads.
     """
     folder = Path(out_dir)
     with alone(folder) if folder.is_dir() else nullcontext():
-        refuse_others(folder)
+        refuse_others(folder, own=own)
     for config in reads:
         refuse_inputs(config, folder)
-    for link in (folder / name for name in MODELS if (folder / name).is_symlink()):
-        if link.is_dir() and any(link.iterdir()):  # Nobody can tell whose model that is.
-            raise ValueError(f"out: {link} is a link to {link.resolve()}, which is not empty; empty it, or unlink it")
+    refuse_links(folder, folders=(*MODELS, *own[1]))
     if (folder / SUMMARY).exists() and not overwrite:
         raise ValueError(f"out: {folder} holds a finished run; pass --overwrite to replace it, or another --out")
     if has_checkpoints(folder) and not overwrite:
@@ -111,40 +117,72 @@ def alone(folder: Path) -> Iterator[None]:
 
 def is_ours(folder: Path) -> bool:
     """Whether a run of ours began here: it writes resolved.yaml before anything else, with its versions on top."""
+    return _stage(folder) is not None
+
+
+def _stage(folder: Path) -> str | None:
+    """What the mark of a folder says; None without one, and a link marks the folder that it leads to, if any."""
     try:
-        lines = (folder / RESOLVED).read_text(encoding="utf-8").splitlines()
+        lines = [] if (folder / RESOLVED).is_symlink() else (folder / RESOLVED).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        return False
+        return None
     said = any(line.startswith("#") and "rlhf_kernels " in line for line in lines)
-    return said and any(line.startswith("stage: ") for line in lines)
+    stages = [line.removeprefix("stage: ") for line in lines if line.startswith("stage: ")]
+    return stages[0] if said and stages else None
 
 
-def refuse_others(folder: Path) -> None:
-    """Refuses a folder with anything in it that no run of ours began.
+def refuse_others(folder: Path, *, names: Sequence[str] = NAMES, own: Own = NOTHING) -> None:
+    """Refuses a folder with something in it that a run would write over, and that no run of ours began.
+
+    Args:
+        folder: The run folder.
+        names: What the run writes. Whatever has another name stays, and is nobody's business here.
+        own: A stage, and further folders that it writes: where another stage began, they are somebody's.
 
     Raises:
         ValueError: It is one, or it is no folder at all.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file, want a folder")
-    there = sorted(p.name for p in folder.iterdir() if p.name != RESOLVED + DRAFT) if folder.is_dir() else []
-    if there and not is_ours(folder):
+    marked, (stage, folders) = _stage(folder), own
+    looked_at = (*(names if marked is None else ()), *(folders if marked != stage else ()))
+    there = sorted(name for name in looked_at if _holds(folder / name))
+    if there:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise ValueError(
-            f"out: {folder} holds {there[0]}{more} but no run of ours ({RESOLVED}), so nothing in it is touched; want "
-            "a new folder, an empty one, or that of an earlier run"
+            f"out: {folder} holds {there[0]}{more} but no run of ours{f' of {stage}' if marked else ''} ({RESOLVED}), "
+            "and a run writes what is called so; want another folder, or that of an earlier run"
         )
 
 
-def refuse_models(folder: Path) -> None:
-    """The same for a caller's own folder, where no resolved.yaml is written: a model in it has to be of a run.
+def _holds(path: Path) -> bool:
+    """Whether there is something to lose: not in an empty folder, and behind a link to another disk only ours is."""
+    if path.name == CHECKPOINTS and path.is_symlink():
+        return Checkpoints(path.parent).begun()
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+def refuse_links(folder: Path, *, folders: Sequence[str] = MODELS) -> None:
+    """Refuses links among the names that a run writes, but for folders on another disk that it may have for itself.
+
+    Args:
+        folder: The run folder; it may be a link, since its name was given by hand.
+        folders: Names of those that it writes anew.
 
     Raises:
-        ValueError: There is a model, and neither a log of ours nor resolved.yaml.
+        ValueError: A file is a link; or a folder is one, to what is there already.
     """
-    for name in MODELS:
-        if (folder / name).exists() and not (folder / METRICS).exists() and not is_ours(folder):
-            raise ValueError(f"out: {folder / name} is there already, and of no run of ours; want another folder")
+    inside = tuple(f"{NOT_FINITE}/{name}" for name in BATCH)
+    for link in (folder / name for name in (*FILES, *inside) if (folder / name).is_symlink()):
+        raise ValueError(f"out: {link} is a link to {link.resolve()}, and a run writes into this file; unlink it")
+    for link in (folder / name for name in (*folders, NOT_FINITE)):
+        if link.is_symlink() and _holds(link):  # Nobody can tell whose that is.
+            raise ValueError(f"out: {link} is a link to {link.resolve()}, which is not empty; empty it, or unlink it")
+    link = folder / CHECKPOINTS
+    if link.is_symlink():
+        home = Path(os.path.realpath(link)).parent
+        if (home != Path(os.path.realpath(folder)) and is_ours(home)) or Checkpoints(folder).others():
+            raise ValueError(f"out: {link} is a link to {link.resolve()}, which is of another run; unlink it")
 
 
 def refuse_inputs(config: Any, out: Path | None = None) -> None:

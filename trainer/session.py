@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
-from trainer import fingerprint, ranks
+from trainer import fingerprint, ranks, run_mark
 from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.config_file import plain, versions
 from trainer.log import RunLog
-from trainer.run_folder import alone, refuse_models
+from trainer.run_folder import SUMMARY, alone
 from trainer.signals import Interrupted, Terminated, signals
 from trainer.stage import StageConfig, prepare
 from trainer.state import Mark, Progress, Restored
@@ -46,7 +46,7 @@ class Session:
             checkpoints of an earlier run are removed.
 
     Raises:
-        ValueError: If the run would write over what it reads, or over a model of others. On entry, if the checkpoint
+        ValueError: If the run would write over what it reads, or over what is of others. On entry, if the checkpoint
             was made with other options, data or models, which are listed; or if another process is training in the
             same folder.
     """
@@ -54,8 +54,7 @@ class Session:
     def __init__(self, cfg: StageConfig, log: RunLog | None, name: str, *, resume: bool = False) -> None:
         self.device = prepare(cfg)
         self.cfg, self.name = cfg, name
-        if log is None and not resume:
-            refuse_models(cfg.out)
+        run_mark.look(cfg, logs=log is None)
         self.own, self.log = log is None, log or RunLog(cfg.out, quiet=cfg.quiet)
         self.resume = resume
         self.checkpoints = Checkpoints(cfg.out, cfg.keep_last)
@@ -80,10 +79,13 @@ class Session:
             inputs = fingerprint.inputs(self.cfg)
             self._about = {"stage": self.name, "config": plain(self.cfg), "inputs": inputs} | self._machine()
             self._found = self.checkpoints.latest(self.log.warn) if self.resume else None
-        if not self.resume:
-            self._clear()
         if self._found is not None:
             self._compare(self._found.state)
+        run_mark.mark(self.cfg, self.name, inputs)
+        if not self.resume:
+            self._clear()
+            if self.own:  # That of an earlier run would say that this one is finished.
+                (Path(self.cfg.out) / SUMMARY).unlink(missing_ok=True)
 
     def steps(self, state: Progress, total: int) -> Iterator[None]:
         """The loop: yields until ``done`` was called for all steps, or the state is over.

@@ -12,6 +12,7 @@ from typing import Any
 from trainer.data_file import rows
 from trainer.data_format import prompt_only
 from trainer.log import RunLog
+from trainer.run_mark import opened
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 
@@ -59,7 +60,7 @@ def run(cfg: SplitConfig, log: RunLog | None = None) -> dict[str, int]:
         ValueError: The file is not data, or one side would be empty.
     """
     check(cfg)
-    log = log or RunLog(cfg.out, quiet=cfg.quiet)
+    log = opened(cfg, "split", log)
     parts: dict[str, list[str]] = {TRAIN: [], HELD_OUT: []}
     lost: list[tuple[int, str]] = []
     for number, row in rows(cfg.data):
