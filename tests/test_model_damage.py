@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -143,3 +144,35 @@ def test_whoever_dies_while_saving_loses_nothing(moment: int, model: Path, monke
     assert (model / "README.md").read_text() == "card"
     assert torch.equal(load_policy(str(model)).weight, small_policy(2).weight)
     assert [p.name for p in model.parent.iterdir()] == ["model"]
+
+
+SUGGESTED: dict[str, dict[str, Any]] = {
+    "no do_sample": {"temperature": 0.9, "top_p": 0.6},
+    "greedy": {"do_sample": False, "temperature": 0.9, "top_k": 20, "min_p": 0.1},
+    "no padding": {"pad_token_id": -1},
+    "one beam": {"length_penalty": 1.2, "early_stopping": True},
+}
+
+
+@pytest.mark.parametrize("what", SUGGESTED)
+def test_what_a_model_suggests_for_sampling_is_kept_as_it_came(what: str, model: Path) -> None:
+    """Transformers reads these and refuses to write them; many public models have them."""
+    suggested = {"bos_token_id": 1, "eos_token_id": 1, **SUGGESTED[what]}
+    (model / "generation_config.json").write_text(json.dumps(suggested))
+    assert sft(model) == 0
+    for _ in range(2):
+        trained = load_policy(str(model.parent / "out"))
+        trained.save(model.parent / "out" / "model")
+        for name, value in suggested.items():
+            assert getattr(trained.model.generation_config, name) == value
+        written = json.loads((model.parent / "out" / "model" / "generation_config.json").read_text())
+        assert suggested.items() <= ({"do_sample": False} | written).items()
+
+
+def test_suggestions_in_the_configuration_itself_are_kept_too(model: Path) -> None:
+    """Older models have no other place for them."""
+    (model / "generation_config.json").unlink()
+    change(model / "config.json", temperature=0.9, top_p=0.6)
+    assert sft(model) == 0
+    found = load_policy(str(model.parent / "out")).model.generation_config
+    assert (found.temperature, found.top_p) == (0.9, 0.6)

@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
 
 from trainer.attention import NAME
 
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
+GENERATION = "generation_config.json"  # It says how the model would like to be sampled.
 SHOWN = 3  # A message shows so many names.
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 WRITTEN = frozenset({
-    "config.json", "generation_config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "config.json", GENERATION, INDEX, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
     "spiece.model", "sentencepiece.bpe.model",
 })  # fmt: skip
@@ -116,7 +117,7 @@ def save(path: Path, model: Any, tokenizer: Any) -> None:
         old.rename(path)
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(aside)
+    _write(aside, model)
     tokenizer.save_pretrained(aside)
     for file in aside.rglob("*"):
         if file.is_file():
@@ -127,6 +128,24 @@ def save(path: Path, model: Any, tokenizer: Any) -> None:
         path.rename(old)
     aside.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(folder: Path, model: Any) -> None:
+    """The model with its suggestions for sampling as they came.
+
+    Many public models suggest a temperature and leave out ``do_sample``. Transformers loads that, and refuses to save
+    it; but what a model suggests is nothing that training changes.
+    """
+    if not model.can_generate():
+        model.save_pretrained(folder)
+        return
+    theirs = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = theirs
+    theirs.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
 
 
 def _keep_theirs(old: Path, new: Path) -> None:
