@@ -39,7 +39,9 @@ BAD_YAML = [
 ]
 
 
-@pytest.mark.parametrize(("text", "message"), BAD_YAML, ids=[f"{i}-{message[:30]}" for i, (_, message) in enumerate(BAD_YAML)])
+@pytest.mark.parametrize(
+    ("text", "message"), BAD_YAML, ids=[f"{i}-{message[:30]}" for i, (_, message) in enumerate(BAD_YAML)]
+)
 def test_yaml_of_others_costs_one_line(place: Place, capsys: Any, text: str, message: str) -> None:
     """As a config, as a stage of a recipe, and as a run folder to resume."""
     more = "data: d.jsonl\n" + ("reward: exact_answer\n" if "reward" not in text else "")

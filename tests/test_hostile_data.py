@@ -160,7 +160,7 @@ def test_many_names_cost_no_time_and_long_ones_no_screen(tmp_path: Path, capsys:
     began = time.monotonic()
     assert str(dict(rows(path))[1]) == "'last' stands twice"
     assert time.monotonic() - began < 5
-    for text in (f'{{{names}}}\n', json.dumps({"n" * 5_000_000: 1, "x": 2}) + "\n"):
+    for text in (f"{{{names}}}\n", json.dumps({"n" * 5_000_000: 1, "x": 2}) + "\n"):
         path.write_text(text)
         for argv in (["sft", "--data", str(path), "--out", str(tmp_path / "out")], ["inspect", str(path)]):
             assert cli.main(argv) == 2

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
 
 from trainer.attention import NAME
+from trainer.console import quiet_escapes
 
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
 GENERATION = "generation_config.json"  # It says how the model would like to be sampled.
@@ -31,6 +32,10 @@ WRITTEN = frozenset({
     "spiece.model", "sentencepiece.bpe.model",
 })  # fmt: skip
 """What transformers writes beside the weights: the model that is replaced, and nobody's notes about it."""
+
+
+for library in ("transformers", "huggingface_hub"):
+    quiet_escapes(library)
 
 
 def config_of(path: str) -> Any:
