@@ -25,6 +25,7 @@ from trainer import config_file, console, data_file, log, permission, ranks, rep
 from trainer.address import redacted
 from trainer.cli_help import COMMON, whole
 from trainer.console import Parser, say, visible
+from trainer.paths import home
 from trainer.threads import TINY, model_of, one_bar_only, set_threads, used_threads
 
 PROG = "rlhf-train"
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         sys.excepthook, warnings.formatwarning = console.unforeseen, console.warned
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [home(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         with permission.only(permission.named(argv)):
             return _main(argv)

@@ -20,6 +20,7 @@ from trainer.demo_eval import MAX_NEW_TOKENS, Judged, judged
 from trainer.demo_summary import Arm, measures, summarise
 from trainer.log import RunLog
 from trainer.models import Policy
+from trainer.paths import settle
 from trainer.tiny import tiny_policy, word_tokenizer
 
 K = 4  # responses per ranked prompt
@@ -54,6 +55,9 @@ class DemoConfig:
     """Held-out prompts for every number in the tables."""
     quiet: bool = False
     """Show no progress."""
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 class Demo:
