@@ -14,7 +14,8 @@ import torch
 import transformers
 
 from tests.folder_worlds import change, reweigh, sft
-from tests.trainer_worlds import small_policy, small_scalar
+from tests.trainer_worlds import small_policy, small_scalar, write
+from trainer import cli, model_files
 from trainer.models import load_policy, load_scalar
 from trainer.rewards import reward_from
 
@@ -59,6 +60,7 @@ def test_a_classifier_is_no_reward_model_and_a_reward_model_no_policy(reward: Pa
 
 # Damage
 
+DATA = [{"prompt": "a", "response": "b"}] * 4
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "no JSON": lambda m: (m / "config.json").write_text("{"),
     "a list": lambda m: (m / "config.json").write_text("[]"),
@@ -81,6 +83,50 @@ def test_a_broken_model_costs_one_line(damage: str, model: Path, capfd: Any) -> 
     assert said.startswith("rlhf-train: model: ")
     assert said.count("\n") == 1
     assert str(model) in said
+
+
+OFFLINE = (
+    "We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached files. "
+    "See 'https://huggingface.co/docs/transformers/installation#offline-mode'."
+)
+
+
+def test_a_model_that_is_nowhere_is_looked_for_beside_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Before a word about the network: it is a typing error more often than not."""
+
+    def nothing(*_: Any, **__: Any) -> None:
+        raise OSError(OFFLINE)
+
+    monkeypatch.chdir(model.parent)
+    monkeypatch.setattr(model_files.AutoTokenizer, "from_pretrained", nothing)
+    (model.parent / "runs" / "sft" / "model").mkdir(parents=True)
+    nor = "no such model in the Hugging Face cache, and none came from the hub: OSError: We couldn't connect"
+    for name, said in (
+        ("runs/sfft", f"there is no folder runs/sfft (did you mean runs/sft?), {nor}"),
+        ("somebody/base", f"there is no folder somebody/base, {nor}"),
+        (f"{model}l", f"there is no folder {model}l (did you mean {model}?), and no model on the Hugging Face hub has"),
+    ):
+        assert cli.main(["sft", "--model", name, "--data", str(write(Path("d"), DATA)), "--out", f"o/{len(name)}"]) == 2
+        told = capfd.readouterr().err
+        assert told.startswith(f"rlhf-train: model: {said}")
+        assert told.count("\n") == 1
+        assert "installation#offline-mode" in told
+    monkeypatch.setattr(model_files, "try_to_load_from_cache", lambda *_: "somewhere/config.json")
+    assert cli.main(["sft", "--model", "somebody/base", "--data", "d", "--out", "p"]) == 2
+    assert capfd.readouterr().err.startswith("rlhf-train: model: somebody/base cannot be loaded: OSError: ")
+
+
+@pytest.mark.parametrize("kind", ["policy", "judge"])
+def test_an_end_that_the_model_does_not_know_is_refused(kind: str, model: Path, reward: Path) -> None:
+    folder = model if kind == "policy" else reward
+    tokenizer = small_policy().tokenizer
+    tokenizer.add_special_tokens({"eos_token": "<|new|>"})
+    tokenizer.save_pretrained(folder)
+    said = rf"^model: the end-of-sequence token '<\|new\|>' of {folder} has the id 22, and the embedding has 22 rows: "
+    with pytest.raises(ValueError, match=said):
+        load_policy(str(folder)) if kind == "policy" else load_scalar(str(folder))
 
 
 # Saving

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 HIDDEN = "***"
+HELP = "huggingface.co/docs/"  # Where libraries send people; what stands behind a # there is a heading.
 SHORT = 3  # So few letters are found in many words, and hide nothing.
 # Recipes come from others: one prefix keeps them from sending other variables, keys of a cloud say, to their address.
 VARIABLE = re.compile(r"\$\{(REWARD_[A-Z0-9_]*)\}")
@@ -128,7 +129,9 @@ def _redacted(found: re.Match[str]) -> str:
         user, colon, password = who[:-1].partition(":")
         who = f"{user}:{_kept(password)}@" if colon else f"{_kept(user)}@"
     query = "&".join(map(_shown, found["query"][1:].split("&"))) if found["query"] else ""
-    fragment = f"#{_kept(found['fragment'][1:])}" if found["fragment"] else ""
+    fragment = found["fragment"] or ""
+    if fragment and not (found["place"].startswith(HELP) and not who):
+        fragment = f"#{_kept(fragment[1:])}"
     return found["scheme"] + who + found["place"] + ("?" if found["query"] else "") + query + fragment
 
 

@@ -5,6 +5,7 @@ without losing what others put there.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import logging
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
@@ -186,8 +189,24 @@ def _explained(path: str) -> Iterator[None]:
             raise ValueError(
                 f"model: {path} asks to run code of its own (trust_remote_code), and the code of a model is never run"
             ) from None
-        what = f"model: {path} cannot be loaded: {type(error).__name__}: {said}"
+        what = _absent(path) if isinstance(error, OSError) and not Path(path).exists() else f"{path} cannot be loaded"
+        what = f"model: {what}: {type(error).__name__}: {said}"
         raise (OSError(what) if isinstance(error, OSError) else ValueError(what)) from error
+
+
+def _absent(path: str) -> str:
+    """What a name stands for that is no folder: one that was meant, a model that was fetched before, or nothing."""
+    folder, siblings = Path(path), []
+    with contextlib.suppress(OSError):
+        siblings = [sibling.name for sibling in folder.parent.iterdir() if sibling.is_dir()]
+    near = difflib.get_close_matches(folder.name, siblings, n=1)
+    hint = f" (did you mean {folder.parent / near[0]}?)" if near else ""
+    try:
+        if isinstance(try_to_load_from_cache(path, "config.json"), str):
+            return f"{path} cannot be loaded"
+    except HFValidationError:
+        return f"there is no folder {path}{hint}, and no model on the Hugging Face hub has such a name"
+    return f"there is no folder {path}{hint}, no such model in the Hugging Face cache, and none came from the hub"
 
 
 @contextlib.contextmanager
