@@ -126,7 +126,7 @@ def _main(argv: list[str]) -> int:
         return importlib.import_module("trainer.pipeline").main(rest)
     if name in TOOLS:
         return _tool(name, rest)
-    config_file.check_names([name], [*STAGES, *TOOLS, "report", "resume", "pipeline"], PROG)
+    config_file.check_names([name], [*STAGES, *TOOLS, "report", "resume", "pipeline"], "", "command")
     return _run(name, rest)
 
 

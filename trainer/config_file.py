@@ -104,7 +104,7 @@ def _nodes(node: Any, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
+def check_names(names: Iterable[str], known: Iterable[str], where: str, what: str = "option") -> None:
     """Refuses option names that do not exist, and says which one was probably meant.
 
     Raises:
@@ -119,7 +119,7 @@ def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"want one of {', '.join(known)}"
-            raise ValueError(f"{where}: unknown option {name!r}; {hint}")
+            raise ValueError(f"{where}{': ' * bool(where)}unknown {what} {name!r}; {hint}")
 
 
 def as_flags(recipe: Mapping[str, Any], given: Iterable[str]) -> list[str]:
