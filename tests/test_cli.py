@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -117,7 +118,7 @@ def test_bad_recipes_are_explained(toy, tmp_path, capsys, text, message):
 def test_mistakes_cost_one_line(toy, tmp_path, capsys):
     out = ["--out", str(tmp_path / "run")]
     for argv, message in (
-        (["toi"], "unknown option 'toi'; did you mean 'toy'?"),
+        (["toi"], "rlhf-train: unknown command 'toi'; did you mean 'toy'?"),
         (["toy", *out, "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["toy", *out, "--threads", "0"], "threads: got 0"),
         (["toy", *out, "--data", str(tmp_path / "none.jsonl")], "none.jsonl does not exist"),
@@ -142,6 +143,20 @@ def test_only_our_own_errors_lose_their_traceback(toy, tmp_path, capsys):
     toy.run = lambda cfg: json.loads("{")
     with pytest.raises(ValueError, match="Expecting property name"):
         cli.main(["toy", *out])
+
+
+def test_interruption_of_the_first_imports(monkeypatch):
+    class Interrupts:
+        def find_spec(self, name, *_):
+            if name == "trainer.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "trainer.cli")
+    monkeypatch.delattr(sys.modules["trainer"], "cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("trainer", run_name="__main__")
+    assert stop.value.code == 130
 
 
 def test_interruption_and_missing_packages(toy, tmp_path, capsys, monkeypatch):

@@ -29,6 +29,8 @@ BAD_YAML = [
     ("? [1]\n: 2\n", "is not valid YAML"),
     ('reward: "\\e]0;mine\\a"\n', "line 1 holds control characters"),
     ('lr: 1\n"a\\x9b": 2\n', "line 2 holds control characters"),
+    ('precision: "\\u202ex\\u2066y"\n', "line 1 holds control characters"),
+    ("lr: 1\nreward: \u200f\n", "line 2 holds control characters"),
     ("x: " + "y" * 300_000, "has more than 256 KiB, want a recipe"),
     ("lr: 1\nlr: 2\n", "'lr' stands twice, the second time in line 2"),
     ("reward: [a, --out=/elsewhere]\n", "reward: got '--out=/elsewhere' in a list, want values that do not look like"),
@@ -37,7 +39,9 @@ BAD_YAML = [
 ]
 
 
-@pytest.mark.parametrize(("text", "message"), BAD_YAML, ids=[message[:30] for _, message in BAD_YAML])
+@pytest.mark.parametrize(
+    ("text", "message"), BAD_YAML, ids=[f"{i}-{message[:30]}" for i, (_, message) in enumerate(BAD_YAML)]
+)
 def test_yaml_of_others_costs_one_line(place: Place, capsys: Any, text: str, message: str) -> None:
     """As a config, as a stage of a recipe, and as a run folder to resume."""
     more = "data: d.jsonl\n" + ("reward: exact_answer\n" if "reward" not in text else "")

@@ -153,6 +153,22 @@ def test_no_file_exhausts_memory_or_time(tmp_path: Path, name: str, capsys: pyte
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_many_names_cost_no_time_and_long_ones_no_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A minute for a line of 650 KB, if each name is looked for among all."""
+    names = ", ".join(f'"k{i}": 0' for i in range(60_000))
+    (path := tmp_path / "d.jsonl").write_text(f'{{{names}, "last": 1, "last": 2}}\n')
+    began = time.monotonic()
+    assert str(dict(rows(path))[1]) == "'last' stands twice"
+    assert time.monotonic() - began < 5
+    for text in (f"{{{names}}}\n", json.dumps({"n" * 5_000_000: 1, "x": 2}) + "\n"):
+        path.write_text(text)
+        for argv in (["sft", "--data", str(path), "--out", str(tmp_path / "out")], ["inspect", str(path)]):
+            assert cli.main(argv) == 2
+            assert "found " in (said := capsys.readouterr().err)
+            assert "..." in said
+            assert len(said) < 1000
+
+
 def test_lines_up_to_the_limit_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_file, "LONGEST", 100)
     monkeypatch.setattr(data_file, "BLANK", 50)

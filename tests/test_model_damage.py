@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import torch
 import transformers
 
 from tests.folder_worlds import change, reweigh, sft
-from tests.trainer_worlds import small_policy, small_scalar
+from tests.trainer_worlds import small_policy, small_scalar, write
+from trainer import cli, model_files
 from trainer.models import load_policy, load_scalar
 from trainer.rewards import reward_from
 
@@ -58,6 +60,7 @@ def test_a_classifier_is_no_reward_model_and_a_reward_model_no_policy(reward: Pa
 
 # Damage
 
+DATA = [{"prompt": "a", "response": "b"}] * 4
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "no JSON": lambda m: (m / "config.json").write_text("{"),
     "a list": lambda m: (m / "config.json").write_text("[]"),
@@ -80,6 +83,50 @@ def test_a_broken_model_costs_one_line(damage: str, model: Path, capfd: Any) -> 
     assert said.startswith("rlhf-train: model: ")
     assert said.count("\n") == 1
     assert str(model) in said
+
+
+OFFLINE = (
+    "We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached files. "
+    "See 'https://huggingface.co/docs/transformers/installation#offline-mode'."
+)
+
+
+def test_a_model_that_is_nowhere_is_looked_for_beside_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Before a word about the network: it is a typing error more often than not."""
+
+    def nothing(*_: Any, **__: Any) -> None:
+        raise OSError(OFFLINE)
+
+    monkeypatch.chdir(model.parent)
+    monkeypatch.setattr(model_files.AutoTokenizer, "from_pretrained", nothing)
+    (model.parent / "runs" / "sft" / "model").mkdir(parents=True)
+    nor = "no such model in the Hugging Face cache, and none came from the hub: OSError: We couldn't connect"
+    for name, said in (
+        ("runs/sfft", f"there is no folder runs/sfft (did you mean runs/sft?), {nor}"),
+        ("somebody/base", f"there is no folder somebody/base, {nor}"),
+        (f"{model}l", f"there is no folder {model}l (did you mean {model}?), and no model on the Hugging Face hub has"),
+    ):
+        assert cli.main(["sft", "--model", name, "--data", str(write(Path("d"), DATA)), "--out", f"o/{len(name)}"]) == 2
+        told = capfd.readouterr().err
+        assert told.startswith(f"rlhf-train: model: {said}")
+        assert told.count("\n") == 1
+        assert "installation#offline-mode" in told
+    monkeypatch.setattr(model_files, "try_to_load_from_cache", lambda *_: "somewhere/config.json")
+    assert cli.main(["sft", "--model", "somebody/base", "--data", "d", "--out", "p"]) == 2
+    assert capfd.readouterr().err.startswith("rlhf-train: model: somebody/base cannot be loaded: OSError: ")
+
+
+@pytest.mark.parametrize("kind", ["policy", "judge"])
+def test_an_end_that_the_model_does_not_know_is_refused(kind: str, model: Path, reward: Path) -> None:
+    folder = model if kind == "policy" else reward
+    tokenizer = small_policy().tokenizer
+    tokenizer.add_special_tokens({"eos_token": "<|new|>"})
+    tokenizer.save_pretrained(folder)
+    said = rf"^model: the end-of-sequence token '<\|new\|>' of {folder} has the id 22, and the embedding has 22 rows: "
+    with pytest.raises(ValueError, match=said):
+        load_policy(str(folder)) if kind == "policy" else load_scalar(str(folder))
 
 
 # Saving
@@ -143,3 +190,35 @@ def test_whoever_dies_while_saving_loses_nothing(moment: int, model: Path, monke
     assert (model / "README.md").read_text() == "card"
     assert torch.equal(load_policy(str(model)).weight, small_policy(2).weight)
     assert [p.name for p in model.parent.iterdir()] == ["model"]
+
+
+SUGGESTED: dict[str, dict[str, Any]] = {
+    "no do_sample": {"temperature": 0.9, "top_p": 0.6},
+    "greedy": {"do_sample": False, "temperature": 0.9, "top_k": 20, "min_p": 0.1},
+    "no padding": {"pad_token_id": -1},
+    "one beam": {"length_penalty": 1.2, "early_stopping": True},
+}
+
+
+@pytest.mark.parametrize("what", SUGGESTED)
+def test_what_a_model_suggests_for_sampling_is_kept_as_it_came(what: str, model: Path) -> None:
+    """Transformers reads these and refuses to write them; many public models have them."""
+    suggested = {"bos_token_id": 1, "eos_token_id": 1, **SUGGESTED[what]}
+    (model / "generation_config.json").write_text(json.dumps(suggested))
+    assert sft(model) == 0
+    for _ in range(2):
+        trained = load_policy(str(model.parent / "out"))
+        trained.save(model.parent / "out" / "model")
+        for name, value in suggested.items():
+            assert getattr(trained.model.generation_config, name) == value
+        written = json.loads((model.parent / "out" / "model" / "generation_config.json").read_text())
+        assert suggested.items() <= ({"do_sample": False} | written).items()
+
+
+def test_suggestions_in_the_configuration_itself_are_kept_too(model: Path) -> None:
+    """Older models have no other place for them."""
+    (model / "generation_config.json").unlink()
+    change(model / "config.json", temperature=0.9, top_p=0.6)
+    assert sft(model) == 0
+    found = load_policy(str(model.parent / "out")).model.generation_config
+    assert (found.temperature, found.top_p) == (0.9, 0.6)

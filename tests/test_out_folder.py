@@ -95,6 +95,15 @@ def test_the_demo_has_folders_of_its_own(name: str, here: Path, tmp_path: Path, 
     run_folder.check(tmp_path, own=("demo", FOLDERS))
 
 
+def test_a_demo_goes_over_that_of_an_earlier_version(tmp_path: Path) -> None:
+    """It marked its own folder, and not those in it."""
+    text = (marked(tmp_path) / "resolved.yaml").read_text()
+    put(tmp_path, {"resolved.yaml": text.replace("stage: sft", "stage: demo"), "sft/model/config.json": "{}"})
+    Demo(DemoConfig(out=tmp_path, quiet=True, sft_steps=1)).sft()
+    assert run_folder.is_ours(tmp_path / "sft")
+    assert (tmp_path / "sft" / "model" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("where", ["", "sft"])
 def test_a_pipeline_looks_at_all_its_folders_first(where: str, here: Path, tmp_path: Path, capfd: Any) -> None:
     """The second stage's folder is not ours; of the first, a finished run of ours, nothing is cleared away."""

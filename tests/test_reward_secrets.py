@@ -55,6 +55,9 @@ def test_a_bad_address_is_told_before_any_work(tmp_path: Path, capsys: Any, url:
         ("https://me:p@ss@h/x", "https://me:***@h/x"),
         ("https://h/x?a&b=&c=d=e", "https://h/x?***&b=&c=***"),
         ("https://h/x#frag", "https://h/x#***"),
+        ("https://huggingface.co/docs/x#offline-mode", "https://huggingface.co/docs/x#offline-mode"),
+        ("https://me:pw@huggingface.co/docs/x?k=v#key=w", "https://me:***@huggingface.co/docs/x?k=***#***"),
+        ("https://huggingface.co/x#key", "https://huggingface.co/x#***"),
         ("https://h@0.5", "https://h@0.5"),
         ("https://u:${REWARD_P}@h/x?k=${REWARD_K}", "https://u:${REWARD_P}@h/x?k=${REWARD_K}"),
         ("https://h/x?k=a${REWARD_K}", "https://h/x?k=***"),
@@ -82,6 +85,36 @@ def test_secrets_reach_the_server_and_come_back_hidden(server: Server, monkeypat
     )
     assert server.asked[0].startswith(b"POST /v1/a%26b%2Fc%20d?key=a%26b%2Fc%20d&top=s3cr3t HTTP/1.1\r\n")
     assert base64.b64encode(b"me:p@ss") in server.asked[0]
+
+
+WHO = base64.b64encode(b"me:p@ss-of-many-letters").decode()
+SECRET = "s3cret-of-many-letters"
+BACK: dict[str, bytes] = {
+    "no HTTP": f"SSH-2.0 {SECRET} {WHO}\r\n".encode(),
+    "no status": f"HTTP/1.1 {SECRET}\r\n\r\n".encode(),
+    "who asked": f"HTTP/1.1 401 No\r\n\r\nAuthorization: Basic {WHO}".encode(),
+    "a reason": f"HTTP/1.1 500 {'x' * 190}{SECRET}\r\n\r\n".encode(),
+    "at the end of what is told": f"HTTP/1.1 403 No\r\n\r\n{'x' * 190}{SECRET}".encode(),
+    "many times": f"HTTP/1.1 403 No\r\n\r\n{SECRET * 300}".encode(),
+    "itself cut off": f"HTTP/1.1 403 No\r\n\r\nnot {SECRET[:-2]}".encode(),
+    "a redirect": f"HTTP/1.1 302 No\r\nLocation: /{'x' * 190}{SECRET}\r\n\r\n".encode(),
+    "a form": f'HTTP/1.1 200 OK\r\n\r\n["{"x" * 190}{SECRET}"]'.encode(),
+    "a score": f'HTTP/1.1 200 OK\r\n\r\n{{"scores": ["{"x" * 50}{SECRET}"]}}'.encode(),
+    "escaped": b'HTTP/1.1 200 OK\r\n\r\n{"scores": ["a\\\\b\'\\u00fccd"]}',
+}
+
+
+@pytest.mark.parametrize("way", BACK)
+def test_no_part_of_a_secret_comes_back(way: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_KEY", "a\\b'\u00fccd")
+    url = server.url.replace("//", "//me:p%40ss-of-many-letters@") + f"/${{REWARD_KEY}}?key={SECRET}"
+    server.acts.append(lambda one: one.sendall(BACK[way]))
+    with pytest.raises(NoAnswer) as error:
+        endpoint(url, wait=0.0)(["p"], ["r"], [{}])
+    said = str(error.value)
+    assert server.asked[0].count(WHO.encode()) == 1
+    assert not any(part in said for part in (SECRET[:5], WHO[:5], "p@ss", "\\b", "\u00fccd"))
+    assert len(said) < 500
 
 
 def scored(one: socket.socket) -> None:

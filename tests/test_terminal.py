@@ -5,16 +5,20 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import re
+import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.folder_worlds import change
 from tests.pipeline_worlds import environment  # noqa: F401 (a fixture)
-from tests.trainer_worlds import write
+from tests.trainer_worlds import small_policy, write
 from trainer import cli, console, data, log, run_folder, watch
 from trainer.console import UNSEEN, say, visible
 from trainer.data_format import Record
@@ -109,6 +113,12 @@ ERRORS: dict[str, Callable[[Path], list[str]]] = {
     "a config": lambda d: ["sft", "--config", str(d / NAME)],
     "a folder to resume": lambda d: ["resume", str(d / NAME)],
 }
+TYPED: dict[str, list[str]] = {
+    "report": ["report", "a", "NAME"], "inspect": ["inspect", "a", "NAME"], "doctor": ["doctor", "NAME"],
+    "pipeline": ["pipeline", "a", "NAME"],
+    "a kind": ["inspect", "a", "--kind", "NAME"], "threads": ["sft", "--threads", "NAME"],
+    "an option": ["sft", "--NAME", "1"], "a choice": ["sft", "--data", "x", "--precision", "NAME"],
+}  # fmt: skip
 NAME = "\x1b]0;mine\x07\x9b2J\u202e\r"
 
 
@@ -123,6 +133,45 @@ def test_errors_quote_texts_and_names_that_steer_nothing(
     told = capsys.readouterr()
     assert r"\x1b]0;mine\x07" in clean(told.err)
     clean(told.out)
+
+
+@pytest.mark.parametrize("about", TYPED)
+def test_what_was_typed_steers_nothing_and_shows_no_secret(about: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for typed, shown in (
+        (NAME, r"\x1b]0;mine\x07"),
+        ("https://me:S3cretPw@host/?key=K3y", "https://me:***@host/?key=***"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([word.replace("NAME", typed) for word in TYPED[about]])
+        assert stopped.value.code == 2
+        told = capsys.readouterr()
+        assert shown in clean(COLOURS.sub("", told.err))
+        assert not re.search("S3cret|K3y", told.out + told.err)
+
+
+def test_what_transformers_says_about_a_model_steers_nothing(tmp_path: Path) -> None:
+    """It quotes config.json, in its log and in warnings of Python."""
+    small_policy().save(tmp_path / "m")
+    change(tmp_path / "m" / "config.json", model_type="llama" + ODD)
+    code = "import sys; from trainer.cli import main; sys.exit(main())"
+    argv = [
+        "sft",
+        "--model",
+        str(tmp_path / "m"),
+        "--data",
+        str(write(tmp_path / "d", [{"prompt": "a", "response": "b"}])),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count(r"\x1b]0;mine\x07") >= 2
+    clean(done.stderr)
+    assert PLAIN in clean(console.warned(EVIL, UserWarning, "f.py", 1))
 
 
 def test_facts_about_data_and_machine_steer_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,10 +233,11 @@ def test_errors_of_rewards_steer_nothing(monkeypatch: pytest.MonkeyPatch, capsys
 def test_a_program_shows_tracebacks_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["rlhf-train", "--version"])
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(warnings, "formatwarning", formatted := warnings.formatwarning)
     assert cli.main(["--version"]) == 0
-    assert sys.excepthook is sys.__excepthook__
+    assert (sys.excepthook, warnings.formatwarning) == (sys.__excepthook__, formatted)
     assert cli.main() == 0
-    assert sys.excepthook is console.unforeseen
+    assert (sys.excepthook, warnings.formatwarning) == (console.unforeseen, console.warned)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "trainer").glob("*.py")), ids=lambda p: p.name)

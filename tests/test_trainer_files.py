@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -81,6 +82,27 @@ def test_rewards_from_functions() -> None:
     for name in ("nowhere:at_all", "no_such_function", f"{HERE}:nothing"):
         with pytest.raises(ValueError, match=r"reward: got .* want a reward model's folder or module:function"):
             reward(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import nltkk\ndef f(*_): ...", "ModuleNotFoundError: No module named 'nltkk'"),
+        ("def f(*_): ...\ndef g(:", r"SyntaxError: invalid syntax \(of_mine_1.py, line 2\)"),
+        ("def f(*_): ...\n1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_module_that_is_there_and_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    """Its own fault is told: it is no reward that does not exist."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    name = f"of_mine_{'def g(' in text:d}"
+    (tmp_path / f"{name}.py").write_text(text)
+    importlib.invalidate_caches()
+    with pytest.raises(ValueError, match=rf"^reward: got '{name}:f', which is in .*{name}\.py, but .*fails: {said}$"):
+        reward(f"{name}:f")
 
 
 def test_a_reward_model_reads_the_same_end_in_training_and_in_ppo(tmp_path: Path) -> None:

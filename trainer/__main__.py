@@ -2,7 +2,10 @@
 
 import sys
 
-from trainer.cli import main
+try:
+    from trainer.cli import main
+except KeyboardInterrupt:  # Whoever stops a program that has hardly begun wants no traceback of imports either.
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

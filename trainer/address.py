@@ -7,12 +7,15 @@ for ``${REWARD_...}``, which stands for a variable of the environment and is loo
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 HIDDEN = "***"
+HELP = "huggingface.co/docs/"  # Where libraries send people; what stands behind a # there is a heading.
+SHORT = 3  # So few letters are found in many words, and hide nothing.
 # Recipes come from others: one prefix keeps them from sending other variables, keys of a cloud say, to their address.
 VARIABLE = re.compile(r"\$\{(REWARD_[A-Z0-9_]*)\}")
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -39,11 +42,17 @@ class Address(NamedTuple):
     """Who asks, where the address says so."""
     secrets: tuple[str, ...]
 
-    def hide(self, text: str) -> str:
-        """A text of the other side, without secrets of ours that it sends back."""
+    def hide(self, text: str, most: int) -> str:
+        """A text of the other side, without secrets of ours that it sends back, and cut to so many letters after that.
+
+        Where it breaks off within a secret, as an answer of which we read the beginning may, that part is hidden too.
+        """
         for secret in self.secrets:
             text = text.replace(secret, HIDDEN)
-        return text
+        for secret in self.secrets:
+            begun = next((n for n in range(len(secret) - 1, SHORT, -1) if text.endswith(secret[:n])), 0)
+            text = text[: len(text) - begun] + HIDDEN * bool(begun)
+        return text if len(text) <= most else text[:most]
 
 
 def is_address(name: str) -> bool:
@@ -105,10 +114,12 @@ def read(url: str) -> Address:
 
     user = unquote(filled(parts.netloc.rpartition("@")[0], ""))
     target = filled(parts.path or "/", "") + (f"?{filled(parts.query, '')}" if parts.query else "")
-    headers = {"Authorization": "Basic " + base64.b64encode(user.encode()).decode()} if user else {}
+    who = base64.b64encode(user.encode()).decode()
+    headers = {"Authorization": f"Basic {who}"} if user else {}
     known = {*values, *secrets_of(url)}
-    known |= {quote(s, safe="") for s in known}
-    shortest_last = tuple(sorted((s for s in known if len(s) > 3), key=len, reverse=True))
+    known |= {quote(s, safe="") for s in known} | {f(s)[1:-1] for f in (repr, json.dumps) for s in known}
+    known |= {who, who.rstrip("=")}
+    shortest_last = tuple(sorted((s for s in known if len(s) > SHORT), key=len, reverse=True))
     return Address(redacted(url), parts.scheme == "https", parts.hostname, port, target, headers, shortest_last)
 
 
@@ -118,7 +129,9 @@ def _redacted(found: re.Match[str]) -> str:
         user, colon, password = who[:-1].partition(":")
         who = f"{user}:{_kept(password)}@" if colon else f"{_kept(user)}@"
     query = "&".join(map(_shown, found["query"][1:].split("&"))) if found["query"] else ""
-    fragment = f"#{_kept(found['fragment'][1:])}" if found["fragment"] else ""
+    fragment = found["fragment"] or ""
+    if fragment and not (found["place"].startswith(HELP) and not who):
+        fragment = f"#{_kept(fragment[1:])}"
     return found["scheme"] + who + found["place"] + ("?" if found["query"] else "") + query + fragment
 
 

@@ -16,6 +16,7 @@ import shlex
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,8 @@ from typing import Any, NamedTuple
 from trainer import config_file, console, data_file, log, permission, ranks, report, run_folder
 from trainer.address import redacted
 from trainer.cli_help import COMMON, whole
-from trainer.console import say
+from trainer.console import Parser, say, visible
+from trainer.paths import home
 from trainer.threads import TINY, model_of, one_bar_only, set_threads, used_threads
 
 PROG = "rlhf-train"
@@ -75,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exception: Anything that is not the user's mistake keeps its traceback.
     """
     if argv is None:
-        sys.excepthook = console.unforeseen
-    argv = list(sys.argv[1:] if argv is None else argv)
+        sys.excepthook, warnings.formatwarning = console.unforeseen, console.warned
+    argv = [home(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         with permission.only(permission.named(argv)):
             return _main(argv)
@@ -124,7 +126,7 @@ def _main(argv: list[str]) -> int:
         return importlib.import_module("trainer.pipeline").main(rest)
     if name in TOOLS:
         return _tool(name, rest)
-    config_file.check_names([name], [*STAGES, *TOOLS, "report", "resume", "pipeline"], PROG)
+    config_file.check_names([name], [*STAGES, *TOOLS, "report", "resume", "pipeline"], "", "command")
     return _run(name, rest)
 
 
@@ -157,7 +159,7 @@ def _run(name: str, argv: list[str]) -> int:
 
 def _resume(argv: list[str]) -> int:
     """The run of a folder, as `resolved.yaml` in it says, from its last checkpoint."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"{PROG} resume", description="Go on with a run that was stopped, from its last checkpoint.",
         epilog="Options of the stage may follow; those that would change the result are refused.",
     )  # fmt: skip
@@ -231,7 +233,7 @@ def resumable(run: Any) -> bool:
 
 
 def _common_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
+    parser = Parser(prog=PROG, add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--threads", type=int)
     permission.add_option(parser)
@@ -249,7 +251,14 @@ def parse(
     about = f"{about or STAGES[name].about}\n\n{COMMON}"
     config_file.check_names(recipe, [f.name for f in dataclasses.fields(config_class)], f"--config {source}")
     argv = config_file.as_flags(recipe, flags) + flags
-    return tyro.cli(config_class, args=argv, prog=f"{PROG} {name}", description=about)
+    options: dict[str, Any] = {"prog": f"{PROG} {name}", "description": about}
+    if (shown := [visible(redacted(arg)) for arg in argv]) == argv:
+        return tyro.cli(config_class, args=argv, **options)
+    try:
+        return tyro.cli(config_class, args=argv, **options, console_outputs=False)
+    except SystemExit:  # What is wrong is said about the same options without secrets and escapes.
+        tyro.cli(config_class, args=shown, **options)
+        raise
 
 
 def _provenance(name: str, argv: list[str], config: Any) -> list[str]:
@@ -266,7 +275,7 @@ def _provenance(name: str, argv: list[str], config: Any) -> list[str]:
 
 
 def _report(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"{PROG} report", description="Write report.html again from a run folder.")
+    parser = Parser(prog=f"{PROG} report", description="Write report.html again from a run folder.")
     parser.add_argument("run", type=Path)
     say(str(report.write(parser.parse_args(argv).run)))
     return 0

@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from trainer.address import redacted
-from trainer.console import visible
+from trainer.console import UNSEEN, visible
 from trainer.files import write_whole
 
 RESOLVED = "resolved.yaml"
 LARGEST, MOST_NODES = 1 << 18, 10_000  # A YAML file may have so many bytes and values.
 NUMBER = re.compile(r"-(?:[\d.]+(?:[eE][-+]?\d+)?|inf|nan)")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -64,14 +64,15 @@ def read_yaml(path: Path, lead: str = "") -> Any:
             # `<<` may stand there several times.
             own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             keys = [self.construct_object(key, deep=True) for key in own]
-            if twice := [key for key in keys if keys.count(key) > 1]:
+            times = Counter(key for key in keys if isinstance(key, Hashable))
+            if twice := [key for key in times if times[key] > 1]:
                 lines = [key.start_mark.line + 1 for key in own if key.value == str(twice[0])]
                 raise Refused(f"{twice[0]!r} stands twice, the second time in line {lines[-1]}")
             return super().construct_mapping(node, deep)
 
         def construct_scalar(self, node: Any) -> Any:
             """Values reach terminals by ways that are not all ours."""
-            if CONTROL.search(str(node.value)):
+            if UNSEEN.search(str(node.value)):
                 raise Refused(f"line {node.start_mark.line + 1} holds control characters")
             return super().construct_scalar(node)
 
@@ -103,7 +104,7 @@ def _nodes(node: Any, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
+def check_names(names: Iterable[str], known: Iterable[str], where: str, what: str = "option") -> None:
     """Refuses option names that do not exist, and says which one was probably meant.
 
     Raises:
@@ -118,7 +119,7 @@ def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"want one of {', '.join(known)}"
-            raise ValueError(f"{where}: unknown option {name!r}; {hint}")
+            raise ValueError(f"{where}{': ' * bool(where)}unknown {what} {name!r}; {hint}")
 
 
 def as_flags(recipe: Mapping[str, Any], given: Iterable[str]) -> list[str]:

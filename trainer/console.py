@@ -5,13 +5,15 @@ Texts come from models, data files, servers and file names. Everything that is s
 
 from __future__ import annotations
 
+import argparse
+import logging
 import re
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from trainer.address import redacted
 
@@ -44,6 +46,34 @@ def say(text: str, *, error: bool = False) -> None:
 def unforeseen(kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
     """``sys.excepthook`` of the program: a traceback quotes what went wrong, which may be a text of others."""
     say(redacted("".join(traceback.format_exception(kind, error, tb)).rstrip("\n")), error=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors quote what was typed or pasted."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and the message, and exits."""
+        super().error(visible(redacted(message)))
+
+
+def quiet_escapes(logger: str) -> None:
+    """Makes a library's messages, which quote files of others, as harmless as ours.
+
+    Args:
+        logger: Its top logger. Filters of a logger are passed by what its children say; those of its handlers are not.
+    """
+
+    def harmless(record: logging.LogRecord) -> bool:
+        record.msg, record.args = visible(redacted(record.getMessage())), None
+        return True
+
+    for handler in logging.getLogger(logger).handlers:
+        handler.addFilter(harmless)
+
+
+def warned(message: Warning | str, kind: type[Warning], file: str, line: int, source: str | None = None) -> str:
+    """``warnings.formatwarning`` of the program."""
+    return visible(redacted(f"{file}:{line}: {kind.__name__}: {message}\n"))
 
 
 def _writable(text: str, stream: Any) -> str:

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -133,8 +134,8 @@ class _Twice(ValueError):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(f"{next(n for n in names if names.count(n) > 1)!r:.60} stands twice")
+        times = Counter(name for name, _ in pairs)
+        raise _Twice(f"{next(name for name in times if times[name] > 1)!r:.60} stands twice")
     return found
 
 

@@ -16,6 +16,7 @@ RESPONSE_FIELDS = ("response", "completion", "output", "answer")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 MOST = sys.float_info.max
+SHOWN, LONGEST = 12, 60  # names that a message quotes, and letters of each
 
 EMPTY = "an empty reply (a model trained on it would learn to say nothing)"
 IDENTICAL = "identical replies, one preferred to the other (there is no preference to learn)"
@@ -284,7 +285,9 @@ def _text(row: Record, field: str) -> str:
 
 
 def _found(row: Record) -> str:
-    return ", ".join(sorted(row)) or "no fields at all"
+    """Names of fields, as many and as much of each as a line of a message can take."""
+    names = [name if len(name) <= LONGEST else f"{name[:LONGEST]}..." for name in sorted(row)]
+    return ", ".join(names[:SHOWN] + ["..."] * (len(names) > SHOWN)) or "no fields at all"
 
 
 def _kind(value: Any) -> str:

@@ -19,8 +19,9 @@ from trainer import demo_task, ppo, reward, sft
 from trainer.demo_eval import MAX_NEW_TOKENS, Judged, judged
 from trainer.demo_summary import Arm, measures, summarise
 from trainer.models import Policy
+from trainer.paths import settle
 from trainer.run_folder import refuse_others
-from trainer.run_mark import opened
+from trainer.run_mark import mark, opened
 from trainer.tiny import tiny_policy, word_tokenizer
 
 K = 4  # responses per ranked prompt
@@ -57,6 +58,9 @@ class DemoConfig:
     quiet: bool = False
     """Show no progress."""
 
+    def __post_init__(self) -> None:
+        settle(self)
+
 
 class Demo:
     """One run: its folder, its random sources and its held-out prompts."""
@@ -89,6 +93,7 @@ class Demo:
             model=str(self.cfg.out / "base"), data=self.file("demonstrations.jsonl", shown), out=self.cfg.out / "sft",
             seed=self.cfg.seed, steps=self.cfg.sft_steps, batch_size=SFT_BATCH, lr=2e-3,
         )  # fmt: skip
+        mark(stage, "sft")  # Our folder is marked, and so those in it are ours, also of an earlier version.
         return sft.train(stage, self.log)
 
     def ranked(self, policy: Policy, prompts: Sequence[str], noise: float) -> list[dict[str, Any]]:
@@ -112,6 +117,7 @@ class Demo:
             model=str(self.cfg.out / "sft"), data=data, out=self.cfg.out / name, seed=self.cfg.seed,
             steps=steps, batch_size=32, lr=5e-4, calibration_new_tokens=MAX_NEW_TOKENS, eval_data=held_out,
         )  # fmt: skip
+        mark(stage, "reward")
         return reward.train(stage, self.log, name=name)
 
     def ppo(self, name: str, rewarding: str, before: Judged, **options: Any) -> Policy:
@@ -130,6 +136,7 @@ class Demo:
             data=self.cfg.out / "data" / "prompts.jsonl", seed=self.cfg.seed, max_new_tokens=MAX_NEW_TOKENS,
             gold_reward="trainer.demo_task:hidden_judge", **options,
         )  # fmt: skip
+        mark(stage, "ppo")
         return ppo.train(stage, self.log, name=name, evaluate=glance)
 
     def arm(self, trained: reward.Trained, before: Judged, policy: Policy) -> Arm:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
@@ -12,7 +11,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.console import plain_table, say
+from trainer.console import Parser, plain_table, say
 from trainer.inspect_text import wrapped
 
 GB = 1e9
@@ -75,7 +74,7 @@ def main(argv: Sequence[str], prog: str = "rlhf-train doctor") -> int:
     Returns:
         0, or 1 if training cannot start here.
     """
-    parser = argparse.ArgumentParser(prog=prog, description="What this machine has, and what will be slow on it.")
+    parser = Parser(prog=prog, description="What this machine has, and what will be slow on it.")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs will be written (default: runs)")
     options = parser.parse_args(argv)
     from trainer.doctor_probe import examine

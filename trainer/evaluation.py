@@ -16,6 +16,7 @@ from trainer.evaluate import Estimate, mean, proportion, ratio_change
 from trainer.evaluation_judge import Judge, Responses, judge_from
 from trainer.log import RunLog
 from trainer.models import Policy, load_policy
+from trainer.paths import settle
 from trainer.rewards import responses_of
 from trainer.rollout import sample
 from trainer.run_mark import opened
@@ -63,6 +64,9 @@ class EvalConfig:
     """Where to compute; auto is the GPU if there is one."""
     quiet: bool = False
     """Show no progress."""
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 def run(cfg: EvalConfig, log: RunLog | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import inspect_stats as stats
-from trainer.console import say
+from trainer.console import Parser, say
 from trainer.data_file import sha256
 from trainer.inspect_read import KINDS, SHOWN, Contents, read
 from trainer.inspect_text import findings, screen
@@ -141,9 +141,7 @@ def _counter(name: str) -> Callable[[Sequence[str]], list[int]]:
 
 
 def _options(argv: Sequence[str], prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=ABOUT, epilog=FIELDS, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=prog, description=ABOUT, epilog=FIELDS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the file to look at")
     parser.add_argument("--held-out", type=Path, metavar="FILE", help="prompts that must not occur in DATA")
     parser.add_argument("--tokenizer", metavar="MODEL", help="count lengths in this model's tokens as well")

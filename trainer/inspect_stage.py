@@ -12,6 +12,7 @@ from trainer.inspect_data import inspect, plain
 from trainer.inspect_read import Kind
 from trainer.inspect_text import screen
 from trainer.log import RunLog
+from trainer.paths import settle
 from trainer.run_mark import opened
 
 FACTS = "facts.json"
@@ -37,6 +38,9 @@ class InspectConfig:
     """Fit the bag of words."""
     quiet: bool = False
     """Print nothing."""
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 def run(cfg: InspectConfig, log: RunLog | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ without losing what others put there.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import logging
 import os
@@ -15,21 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
 
 from trainer.attention import NAME
+from trainer.console import quiet_escapes
 
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
+GENERATION = "generation_config.json"  # It says how the model would like to be sampled.
 SHOWN = 3  # A message shows so many names.
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 WRITTEN = frozenset({
-    "config.json", "generation_config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "config.json", GENERATION, INDEX, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
     "spiece.model", "sentencepiece.bpe.model",
 })  # fmt: skip
 """What transformers writes beside the weights: the model that is replaced, and nobody's notes about it."""
+
+
+for library in ("transformers", "huggingface_hub"):
+    quiet_escapes(library)
 
 
 def config_of(path: str) -> Any:
@@ -116,7 +125,7 @@ def save(path: Path, model: Any, tokenizer: Any) -> None:
         old.rename(path)
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(aside)
+    _write(aside, model)
     tokenizer.save_pretrained(aside)
     for file in aside.rglob("*"):
         if file.is_file():
@@ -127,6 +136,24 @@ def save(path: Path, model: Any, tokenizer: Any) -> None:
         path.rename(old)
     aside.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(folder: Path, model: Any) -> None:
+    """The model with its suggestions for sampling as they came.
+
+    Many public models suggest a temperature and leave out ``do_sample``. Transformers loads that, and refuses to save
+    it; but what a model suggests is nothing that training changes.
+    """
+    if not model.can_generate():
+        model.save_pretrained(folder)
+        return
+    theirs = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = theirs
+    theirs.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
 
 
 def _keep_theirs(old: Path, new: Path) -> None:
@@ -162,8 +189,24 @@ def _explained(path: str) -> Iterator[None]:
             raise ValueError(
                 f"model: {path} asks to run code of its own (trust_remote_code), and the code of a model is never run"
             ) from None
-        what = f"model: {path} cannot be loaded: {type(error).__name__}: {said}"
+        what = _absent(path) if isinstance(error, OSError) and not Path(path).exists() else f"{path} cannot be loaded"
+        what = f"model: {what}: {type(error).__name__}: {said}"
         raise (OSError(what) if isinstance(error, OSError) else ValueError(what)) from error
+
+
+def _absent(path: str) -> str:
+    """What a name stands for that is no folder: one that was meant, a model that was fetched before, or nothing."""
+    folder, siblings = Path(path), []
+    with contextlib.suppress(OSError):
+        siblings = [sibling.name for sibling in folder.parent.iterdir() if sibling.is_dir()]
+    near = difflib.get_close_matches(folder.name, siblings, n=1)
+    hint = f" (did you mean {folder.parent / near[0]}?)" if near else ""
+    try:
+        if isinstance(try_to_load_from_cache(path, "config.json"), str):
+            return f"{path} cannot be loaded"
+    except HFValidationError:
+        return f"there is no folder {path}{hint}, and no model on the Hugging Face hub has such a name"
+    return f"there is no folder {path}{hint}, no such model in the Hugging Face cache, and none came from the hub"
 
 
 @contextlib.contextmanager

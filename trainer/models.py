@@ -160,6 +160,7 @@ def load_policy(path: str) -> Policy:
     model, tokenizer = model_files.load(AutoModelForCausalLM, path), model_files.tokenizer_of(path)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: the tokenizer of {path} has no end-of-sequence token, which every response needs")
+    _check_end(model, tokenizer, path)
     with _tried(model, path):
         policy = Policy(model, tokenizer)
         _check(policy)
@@ -188,6 +189,7 @@ def load_scalar(path: str, generator: torch.Generator | None = None) -> ScalarMo
         return scalar_from(load_policy(path), generator)
     model = model_files.load(AutoModelForSequenceClassification, path)
     scalar = ScalarModel(model, model_files.tokenizer_of(path))
+    _check_end(model, scalar.tokenizer, path)
     with _tried(model, path):
         _check_apart(scalar)
         scalar.head  # noqa: B018  there is one, and it gives one number
@@ -228,6 +230,16 @@ def _tried(model: Any, path: str) -> Iterator[None]:
         told = next((e for e in (error.__context__, error) if str(e).startswith("model: ")), None)
         fails = f"model: {type(model).__name__} fails on packed sequences: {type(error).__name__}: {error}"
         raise ValueError(f"{told or fails} ({path})") from error
+
+
+def _check_end(model: Any, tokenizer: Any, path: str) -> None:
+    """Refuses a tokenizer whose end of sequence, which every response gets, the model has never heard of."""
+    rows, last = model.get_input_embeddings().weight.shape[0], tokenizer.eos_token_id
+    if last is not None and last >= rows:
+        token = f"the end-of-sequence token {tokenizer.eos_token!r:.60} of {path} has the id {last}"
+        raise ValueError(
+            f"model: {token}, and the embedding has {rows} rows: tokenizer and weights do not belong together"
+        )
 
 
 @torch.no_grad()

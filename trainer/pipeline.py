@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from trainer import cli, config_file, fingerprint, log, permission, recipe, report, run_folder
 from trainer.address import HIDDEN, redacted, secrets_of
-from trainer.console import Console, say
+from trainer.console import Console, Parser, say
 from trainer.files import write_whole
 from trainer.records import records
 from trainer.threads import TINY, one_bar_only, set_threads, used_threads
@@ -251,7 +251,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"{cli.PROG} {PIPELINE}", description=ABOUT, epilog=FORMAT.format(names=", ".join(recipe.names())),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip

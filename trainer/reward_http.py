@@ -22,6 +22,7 @@ from trainer.address import Address, read, redacted
 TIMEOUT, TRIES, BATCH = 120.0, 4, 256
 LARGEST = 1 << 20
 """Bytes of an answer; 256 scores are a few thousand."""
+TOLD, LONGEST = 200, 1 << 12  # Letters that a message shows of an answer, and bytes that are read for them.
 
 
 class NoAnswer(ValueError):
@@ -62,7 +63,7 @@ def endpoint(
             asked = {"prompts": prompts[part], "responses": responses[part], "extras": extras[part]}
             answer = _asked(address, _json(asked), timeout, wait)
             if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
-                told = address.hide(f"{answer!r:.200}")
+                told = address.hide(repr(answer), TOLD)
                 raise NoAnswer(f'{address.shown} answered {told}, want {{"scores": [...]}}')
             if len(answer["scores"]) != len(asked["responses"]):
                 raise NoAnswer(
@@ -82,7 +83,7 @@ def _number(address: Address, x: Any, response: str) -> float:
             return float(x)
     except OverflowError:
         pass
-    told = address.hide(f"{x!r:.60}")
+    told = address.hide(repr(x), 60)
     raise NoAnswer(f"{address.shown} gave {told} to the response {response!r:.200}, want a finite number")
 
 
@@ -125,7 +126,8 @@ def _once(address: Address, body: bytes, deadline: float) -> Any:
         status, told, after, answer = _exchanged(address, body, deadline)
     except (OSError, http.client.HTTPException) as error:
         late = isinstance(error, TimeoutError) or time.monotonic() >= deadline
-        raise Busy("the time for an answer is over" if late else str(error) or type(error).__name__) from None
+        told = address.hide(str(error), TOLD) or type(error).__name__  # It quotes an answer that is no HTTP.
+        raise Busy("the time for an answer is over" if late else told) from None
     if status == 429 or status >= 500:
         raise Busy(f"status {status}: {told}", after)
     if status >= 300:
@@ -157,11 +159,12 @@ def _exchanged(address: Address, body: bytes, deadline: float) -> tuple[int, str
     try:
         connection.request("POST", address.target, body, {"Content-Type": "application/json"} | address.headers)
         answer = connection.getresponse()
-        found = answer.read(LARGEST + 1) if answer.status < 300 else _about(answer)
+        good = answer.status < 300
+        found, told = (answer.read(LARGEST + 1), "") if good else (b"", _about(answer, address))
         late = time.monotonic() >= deadline  # What was cut off by the alarm looks like an answer that has ended.
-        if answer.status >= 300:
-            told = answer.reason if late else found.decode(errors="replace") or answer.reason
-            return answer.status, address.hide(told), _seconds(answer.getheader("Retry-After")), b""
+        if not good:
+            told = told if told and not late else address.hide(answer.reason, TOLD)
+            return answer.status, told, _seconds(answer.getheader("Retry-After")), b""
         if late:
             raise TimeoutError
         if answer.length and len(found) <= LARGEST:
@@ -182,16 +185,15 @@ def _left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 1e-3)
 
 
-def _about(answer: http.client.HTTPResponse) -> bytes:
+def _about(answer: http.client.HTTPResponse, address: Address) -> str:
     """What a status is about, as far as the other side says."""
     if answer.status < 400:
-        return (
-            f"a redirect to {redacted(answer.getheader('Location', 'nowhere'))[:200]}, which is not followed".encode()
-        )
+        place = address.hide(redacted(answer.getheader("Location", "nowhere")), TOLD)
+        return f"a redirect to {place}, which is not followed"
     try:
-        return answer.read(200)
+        return address.hide(answer.read(LONGEST).decode(errors="replace"), TOLD)
     except (OSError, http.client.HTTPException):
-        return b""
+        return ""
 
 
 def _seconds(text: str | None) -> float:

@@ -91,9 +91,17 @@ def function_of(name: str, option: str = "reward") -> Callable[..., Any]:
         return BUILT_IN[name]
     module, found = permission.function(name, option)
     permission.look_here()
+    file = permission.source_of(module)
     try:
-        return getattr(importlib.import_module(module), found)
-    except (ImportError, AttributeError) as error:
+        loaded = importlib.import_module(module)
+    except Exception as error:
+        if file is None:
+            raise permission.none_such(name, option, error) from error
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{option}: got {name!r}, which is in {file}, but to import that fails: {what}") from error
+    try:
+        return getattr(loaded, found)
+    except AttributeError as error:
         raise permission.none_such(name, option, error) from error
 
 

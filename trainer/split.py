@@ -12,6 +12,7 @@ from typing import Any
 from trainer.data_file import rows
 from trainer.data_format import prompt_only
 from trainer.log import RunLog
+from trainer.paths import settle
 from trainer.run_mark import opened
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
@@ -31,6 +32,9 @@ class SplitConfig:
     """Another seed holds out other prompts."""
     quiet: bool = False
     """Print nothing."""
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 def check(cfg: SplitConfig) -> None:

@@ -17,6 +17,7 @@ import rlhf_kernels as rk
 from trainer import ranks
 from trainer.guard import NotFinite, save_batch
 from trainer.models import Policy, ScalarModel, load_policy, load_scalar, scalar_from
+from trainer.paths import settle
 from trainer.run_folder import NOT_FINITE, refuse_inputs
 from trainer.signals import signals
 from trainer.tiny import byte_tokenizer, tiny_policy
@@ -67,6 +68,9 @@ class StageConfig:
     """Checkpoints that stay, each as large as the models with their optimizers; none stays once the run is finished."""
     quiet: bool = False
     """Show no progress."""
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 @dataclass(frozen=True, kw_only=True)
