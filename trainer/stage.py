@@ -33,7 +33,7 @@ class StageConfig:
     model: str = "tiny"
     """A local directory or hub id of a causal language model, or "tiny": a small Llama from scratch."""
     data: Path
-    """Training data, .jsonl or .jsonl.gz."""
+    """Training data, .jsonl, .jsonl.gz or parquet."""
     out: Path = Path("runs/latest")
     """Folder for the trained model, the metrics and the report."""
     seed: int = 0
