@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -43,6 +44,13 @@ class Server:
                     head, length = head + more, length - len(more)
             self.asked.append(head)
             act(one)
+
+    def times_asked(self, expected: int) -> int:
+        """How often somebody asked; on a busy machine a request may be read after whoever sent it has given up."""
+        until = time.monotonic() + 5
+        while len(self.asked) < expected and time.monotonic() < until:
+            time.sleep(0.01)
+        return len(self.asked)
 
     def endless(self, start: bytes, part: bytes, pause: float = 0.0) -> Act:
         def act(one: socket.socket) -> None:

@@ -43,7 +43,7 @@ def test_all_of_an_answer_has_one_deadline(server: Server, name: str) -> None:
     with pytest.raises(NoAnswer, match=rf"did not answer \({told}\)"):
         ask(server, server.endless(*SLOW[name]))
     assert time.monotonic() - began < reward_http.TRIES * SHORT + 2
-    assert len(server.asked) == reward_http.TRIES
+    assert server.times_asked(reward_http.TRIES) == reward_http.TRIES
 
 
 def test_who_does_not_read_is_not_waited_for(server: Server) -> None:
