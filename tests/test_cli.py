@@ -10,9 +10,12 @@ import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from tests.trainer_worlds import write
 from trainer import cli, config_file
 from trainer.log import RunLog
 
@@ -241,3 +244,24 @@ def test_flags_and_names_meet_in_every_spelling():
     recipe = {"max_tokens": 5, "amp": True, "data": "d"}
     assert config_file.as_flags(recipe, ["--max-tokens=9", "--no-amp"]) == ["--data=d"]
     assert config_file.as_flags(recipe, ["--max_tokens", "9", "--amp", "--data", "e"]) == []
+
+
+@pytest.mark.parametrize("where", ["a CPU", "a GPU", "Python"])
+def test_out_of_memory_says_what_needs_less(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(*args: Any, **options: Any) -> None:
+        if where == "a CPU":
+            torch.empty(2**60, dtype=torch.int8)
+        raise MemoryError if where == "Python" else torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore.")
+
+    monkeypatch.setattr("trainer.sft.train", train)
+    write(tmp_path / "d.jsonl", [{"prompt": "a", "response": "b"}])
+    argv = ["sft", "--model", "tiny", "--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "run")]
+    assert cli.main(argv) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[-2].startswith("rlhf-train: out of memory: ")
+    assert "--max-tokens" in told[-1]
+    monkeypatch.setattr("trainer.sft.train", lambda *args, **options: torch.ones(2).view(3))
+    with pytest.raises(RuntimeError, match="shape"):
+        cli.main([*argv, "--overwrite"])

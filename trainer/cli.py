@@ -91,11 +91,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say(f'{PROG}: {package} is missing: pip install "rlhf_kernels[train]"', error=True)
         return USAGE_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error) or "--traceback" in argv:
+            raise
+        why = str(error).partition("\n")[0] or type(error).__name__
+        say(f"{PROG}: out of memory: {why}", error=True)
+        say("Begin again with a smaller --max-tokens, or a smaller --sample-batch where it samples.", error=True)
+        return FAILED
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if not _is_ours(error) or "--traceback" in argv:
             raise
         say(f"{PROG}: {redacted(str(error))}", error=True)
         return FAILED if isinstance(error, FloatingPointError) else USAGE_ERROR
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of the machine or of a GPU; for a CPU's torch has no class of its own."""
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in told or "can't allocate memory" in told
 
 
 def _is_ours(error: BaseException) -> bool:

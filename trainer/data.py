@@ -85,7 +85,9 @@ def read(
             unusable[str(reason)].add(number, str(reason))
     total = len(records) + bad.count + sum(lines.count for lines in unusable.values())
     if bad.count > BAD_LIMIT * total:
-        raise ValueError(f"{_bad_report(path, bad, total)}\nAt most {BAD_LIMIT:.0%} of the lines may be bad, for {kind}.")
+        raise ValueError(
+            f"{_bad_report(path, bad, total)}\nAt most {BAD_LIMIT:.0%} of the lines may be bad, for {kind}."
+        )
     if bad.count:
         note(f"{_bad_report(path, bad, total)}\nThey are left out.")
     if unusable:
