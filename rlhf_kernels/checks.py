@@ -90,6 +90,8 @@ def tensor(name: str, x: object, kind: str = "a tensor") -> None:
         raise TypeError(f"{name}: got {type(x).__name__}, wants {kind}")
     dense = x.layout == torch.strided and not (x.is_nested or x.is_quantized or x.device.type == "meta")
     wants(dense, name, x, f"{kind}, dense and with data")
+    if torch.compiler.is_compiling():  # A compiler of the caller's has tensors of its own, and knows about both.
+        return
     wants(not x.is_neg(), name, x, f"{kind} as resolve_neg() gives it")
     wants(not of_a_library(x), name, x, f"{kind} of torch itself: a DTensor has to_local() and full_tensor()")
 

@@ -76,6 +76,14 @@ def test_what_a_reference_holds_in_ignored_rows_never_matters(backend: str) -> N
     assert kl(p, backend=backend).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_token_that_the_reference_cannot_say_makes_an_infinite_divergence(backend: str, dtype: torch.dtype) -> None:
+    p = {name: x.to(dtype) for name, x in problem().items()}
+    bias = mask().to(dtype)
+    found = kl(p, bias=torch.zeros_like(bias), ref_head={"bias": bias}, backend=backend)
+    assert found[TARGETS >= 0].isposinf().all()
+
+
 @pytest.mark.parametrize("given", [{"softcap": 5.0}, {"bias": mask()}], ids=["softcap", "mask"])
 def test_an_infinite_logit_is_its_limit_and_has_no_gradient(backend: str, given: dict[str, Any]) -> None:
     """A token at its softcap, or one that cannot come next; but zero times an infinite weight is a NaN."""

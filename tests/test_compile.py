@@ -271,3 +271,9 @@ def test_one_break_that_says_why(step: Callable[..., Tensor], why: str):
     assert torch.equal(loss, want)
     assert x.grad is not None
     assert torch.equal(x.grad, again.grad)
+
+
+def test_what_is_plain_torch_stays_in_the_graph_of_a_caller():
+    x = torch.linspace(-1, 1, 6)
+    for step in (lambda x: rk.whiten(x, checks=False), lambda x: rk.group_advantages(x, 2, checks=False)):
+        assert torch.equal(compiled(step)(x), step(x))

@@ -12,7 +12,10 @@ import yaml
 
 from tests.foreign_place import Place, made  # noqa: F401 (a fixture)
 from tests.pipeline_worlds import environment  # noqa: F401 (a fixture)
+from tests.test_terminal import COLOURS
+from tests.trainer_worlds import write
 from trainer import cli, config_file
+from trainer.console import UNSEEN
 from trainer.grpo import GRPOConfig
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -29,8 +32,6 @@ BAD_YAML = [
     ("? [1]\n: 2\n", "is not valid YAML"),
     ('reward: "\\e]0;mine\\a"\n', "line 1 holds control characters"),
     ('lr: 1\n"a\\x9b": 2\n', "line 2 holds control characters"),
-    ('precision: "\\u202ex\\u2066y"\n', "line 1 holds control characters"),
-    ("lr: 1\nreward: \u200f\n", "line 2 holds control characters"),
     ("x: " + "y" * 300_000, "has more than 256 KiB, want a recipe"),
     ("lr: 1\nlr: 2\n", "'lr' stands twice, the second time in line 2"),
     ("reward: [a, --out=/elsewhere]\n", "reward: got '--out=/elsewhere' in a list, want values that do not look like"),
@@ -85,3 +86,21 @@ def test_a_name_of_a_file_cannot_write_into_the_configuration(place: Place) -> N
     assert config_file.as_flags({"clip": [-0.1, -1e-3, float("-inf")], "x": ["a-b"]}, []) == [
         "--clip", "-0.1", "-0.001", "-inf", "--x", "a-b",
     ]  # fmt: skip
+
+
+def test_what_turns_lines_around_is_in_lawful_names_and_never_on_the_screen(place: Place, capsys: Any) -> None:
+    """tyro quotes a value that is none; a run in such a folder can go on."""
+    named = place.out.with_name("r\u200fun")
+    data = write(place.path / "d\u200e.jsonl", [{"prompt": "a", "response": "b"}])
+    argv = ["sft", "--model", "tiny", "--data", str(data), "--out", str(named), "--steps", "1", "--save-every", "1"]
+    assert cli.main(argv) == 0
+    (named / "summary.json").unlink()
+    assert cli.main(["resume", str(named)]) == 0
+    config = place.out.with_name("c.yaml")
+    config.write_text('precision: "\\u202ex\\u2066y"\n', encoding="utf-8")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main([*argv, "--overwrite", "--config", str(config)])
+    told = capsys.readouterr()
+    assert "x" in told.err
+    assert not UNSEEN.search(COLOURS.sub("", told.out + told.err))

@@ -16,6 +16,7 @@ from tests.pipeline_worlds import Cut, environment, written  # noqa: F401 (a fix
 from tests.trainer_worlds import small_policy
 from trainer import cli, run_folder
 from trainer.checkpoint import Checkpoints
+from trainer.demo import Demo, DemoConfig
 from trainer.guard import save_batch
 from trainer.session import Session
 from trainer.signals import Terminated
@@ -160,3 +161,48 @@ def test_a_pipeline_that_goes_on_looks_at_all_of_them_first(
     if kept.exists():
         shutil.move(kept, out / name)
     assert cli.main(argv) == 0
+
+
+@pytest.mark.parametrize("draft", ["saving", "replaced"])
+def test_a_draft_of_a_model_is_no_way_out(draft: str, here: Path, tmp_path: Path) -> None:
+    small_policy(7).save(tmp_path / "precious")
+    out = marked(tmp_path / "run")
+    before = linked(out / f".model.{draft}", tmp_path / "precious")
+    train(config("sft", here, out, steps=1))
+    assert seen(tmp_path / "precious") == before
+    assert not (out / "model").is_symlink()
+
+
+def test_the_demo_writes_through_no_link(tmp_path: Path) -> None:
+    put(tmp_path / "precious", {"ranked.jsonl": "theirs"})
+    mark = marked(tmp_path / "run") / "resolved.yaml"
+    mark.write_text(mark.read_text().replace("stage: sft", "stage: demo"))
+    linked(tmp_path / "run" / "data", tmp_path / "precious")
+    with pytest.raises(ValueError, match="data is a link to"):
+        Demo(DemoConfig(out=tmp_path / "run", quiet=True))
+
+
+def test_a_stage_on_another_disk_goes_on(here: Path, tmp_path: Path, stopper: Stopper, capfd: Any) -> None:
+    """Its folder was an empty one at the start, and is that of our own run when the pipeline goes on."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a").symlink_to(tmp_path / "disk")
+    options = {
+        "model": str(here / "base"),
+        "data": str(here / "sft.jsonl"),
+        "steps": 3,
+        "batch_size": 2,
+        "save_every": 1,
+    }
+    argv = [
+        "pipeline",
+        str(written(tmp_path, {"a": {"stage": "sft", "save_every": 1, **options}})),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    stopper.at = 2
+    with pytest.raises(Terminated):
+        cli.main(argv)
+    stopper.at = None
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "disk" / "model" / "config.json").is_file()

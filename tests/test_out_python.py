@@ -144,3 +144,20 @@ def test_a_mark_that_was_changed_by_hand_is_written_again(here: Path, tmp_path: 
     train(cfg)
     assert config_file.load(cfg.out / "resolved.yaml")["lr"] == cfg.lr
     assert os.listdir(cfg.out).count("resolved.yaml") == 1
+
+
+@pytest.mark.parametrize("stage", ["eval", "inspect"])
+def test_what_looks_at_a_run_leaves_its_mark(stage: str, here: Path, tmp_path: Path, stopper: Stopper) -> None:
+    """The run may go on; and its own model and data may be what is looked at."""
+    cfg = config("sft", here, tmp_path / "run", save_every=1, quiet=True)
+    stopped_at(cfg, stopper, 2)
+    small_policy(7).save(cfg.out / "model")
+    before = (cfg.out / "resolved.yaml").read_bytes()
+    if stage == "eval":
+        model = str(cfg.out / "model")
+        evaluation.run(evaluation.EvalConfig(model=model, lm_data=here / "sft.jsonl", out=cfg.out, quiet=True))
+    else:
+        inspect_stage.run(inspect_stage.InspectConfig(data=here / "ranked.jsonl", out=cfg.out, quiet=True))
+    assert (cfg.out / "resolved.yaml").read_bytes() == before
+    (cfg.out / "summary.json").unlink(missing_ok=True)
+    assert cli.main(["resume", str(cfg.out)]) == 0

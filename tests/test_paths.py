@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_a_home_is_meant_wherever_a_name_comes_in(here: Path) -> None:
 
 def test_home_itself_is_no_run_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sft", "--model", "~/m", "--data", "~/d.jsonl", "--out", "~", *FEW]) == 2
-    assert str(here / "home") in capsys.readouterr().err
+    assert f"out: {here / 'home'} is your home, want a folder for the run alone" in capsys.readouterr().err
     assert list((here / "here").iterdir()) == []
 
 
@@ -85,3 +86,10 @@ def test_python_may_name_files_by_texts_and_models_by_paths(here: Path) -> None:
         SplitConfig(data=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^out: got None, want the name of a file or folder$"):
         SplitConfig(data="d", out=None)  # type: ignore[arg-type]
+
+
+def test_a_folder_named_like_home_keeps_its_meaning(here: Path) -> None:
+    """However often a configuration is made of another one."""
+    config = SplitConfig(data="d.jsonl", out="./~/o")  # type: ignore[arg-type]
+    assert config.out == here / "here" / "~" / "o"
+    assert dataclasses.replace(config, seed=1).out == config.out

@@ -87,9 +87,9 @@ def test_rewards_from_functions() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("import nltkk\ndef f(*_): ...", "ModuleNotFoundError: No module named 'nltkk'"),
+        ("import nltkk\ndef f(*_): ...", r"ModuleNotFoundError: No module named 'nltkk' \(line 1\)"),
         ("def f(*_): ...\ndef g(:", r"SyntaxError: invalid syntax \(of_mine_1.py, line 2\)"),
-        ("def f(*_): ...\n1 / 0", "ZeroDivisionError: division by zero"),
+        ("def f(*_): ...\n1 / 0", r"ZeroDivisionError: division by zero \(line 2\)"),
     ],
 )
 def test_a_module_that_is_there_and_cannot_be_imported(

@@ -20,7 +20,7 @@ from trainer.demo_eval import MAX_NEW_TOKENS, Judged, judged
 from trainer.demo_summary import Arm, measures, summarise
 from trainer.models import Policy
 from trainer.paths import settle
-from trainer.run_folder import refuse_others
+from trainer.run_folder import refuse_links, refuse_others
 from trainer.run_mark import mark, opened
 from trainer.tiny import tiny_policy, word_tokenizer
 
@@ -68,6 +68,7 @@ class Demo:
     def __init__(self, cfg: DemoConfig) -> None:
         self.cfg = cfg
         refuse_others(Path(cfg.out), own=("demo", FOLDERS))
+        refuse_links(Path(cfg.out), folders=FOLDERS)
         self.log = opened(cfg, "demo")
         self.source = random.Random(cfg.seed)
         self.test = demo_task.prompts(cfg.test_prompts, self.source, held_out=True)

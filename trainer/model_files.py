@@ -124,6 +124,8 @@ def save(path: Path, model: Any, tokenizer: Any) -> None:
     if old.exists() and not path.exists():  # Somebody was killed between the two renames.
         old.rename(path)
     for leftover in (aside, old):
+        if leftover.is_symlink():  # In a folder that came from others it may lead elsewhere.
+            leftover.unlink()
         shutil.rmtree(leftover, ignore_errors=True)
     _write(aside, model)
     tokenizer.save_pretrained(aside)

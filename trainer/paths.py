@@ -45,7 +45,9 @@ def settle(config: Any) -> None:
 def _path(option: str, value: Any) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise ValueError(f"{option}: got {value!r:.60}, want the name of a file or folder")
-    return Path(os.path.expanduser(value))
+    path = Path(os.path.expanduser(value))
+    # "./~" is a folder here, and as a Path it would be "~", which is expanded where a config is made of this one.
+    return path.absolute() if path.parts[:1] and path.parts[0].startswith("~") else path
 
 
 def _text(value: Any) -> Any:

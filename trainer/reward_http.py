@@ -22,7 +22,7 @@ from trainer.address import Address, read, redacted
 TIMEOUT, TRIES, BATCH = 120.0, 4, 256
 LARGEST = 1 << 20
 """Bytes of an answer; 256 scores are a few thousand."""
-TOLD, LONGEST = 200, 1 << 12  # Letters that a message shows of an answer, and bytes that are read for them.
+TOLD = 200  # Letters that a message shows of an answer, and bytes that are read of an error's.
 
 
 class NoAnswer(ValueError):
@@ -191,7 +191,7 @@ def _about(answer: http.client.HTTPResponse, address: Address) -> str:
         place = address.hide(redacted(answer.getheader("Location", "nowhere")), TOLD)
         return f"a redirect to {place}, which is not followed"
     try:
-        return address.hide(answer.read(LONGEST).decode(errors="replace"), TOLD)
+        return address.hide(answer.read(TOLD).decode(errors="replace"), TOLD)
     except (OSError, http.client.HTTPException):
         return ""
 

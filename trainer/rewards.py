@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,18 @@ def function_of(name: str, option: str = "reward") -> Callable[..., Any]:
     except Exception as error:
         if file is None:
             raise permission.none_such(name, option, error) from error
-        what = " ".join(f"{type(error).__name__}: {error}".split())
+        what = " ".join(f"{type(error).__name__}: {error}".split()) + _line_in(file, error)
         raise ValueError(f"{option}: got {name!r}, which is in {file}, but to import that fails: {what}") from error
     try:
         return getattr(loaded, found)
     except AttributeError as error:
         raise permission.none_such(name, option, error) from error
+
+
+def _line_in(file: Path, error: BaseException) -> str:
+    """Where in the user's own module something failed, if it did not fail before its first line."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+    return f" (line {lines[-1]})" if lines else ""
 
 
 def check_source(name: str, option: str = "reward", *, load: bool = False) -> None:

@@ -117,10 +117,10 @@ def alone(folder: Path) -> Iterator[None]:
 
 def is_ours(folder: Path) -> bool:
     """Whether a run of ours began here: it writes resolved.yaml before anything else, with its versions on top."""
-    return _stage(folder) is not None
+    return stage_in(folder) is not None
 
 
-def _stage(folder: Path) -> str | None:
+def stage_in(folder: Path) -> str | None:
     """What the mark of a folder says; None without one, and a link marks the folder that it leads to, if any."""
     try:
         lines = [] if (folder / RESOLVED).is_symlink() else (folder / RESOLVED).read_text(encoding="utf-8").splitlines()
@@ -144,7 +144,9 @@ def refuse_others(folder: Path, *, names: Sequence[str] = NAMES, own: Own = NOTH
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file, want a folder")
-    marked, (stage, folders) = _stage(folder), own
+    if os.path.realpath(folder) == os.path.realpath(os.path.expanduser("~")):
+        raise ValueError(f"out: {folder} is your home, want a folder for the run alone")
+    marked, (stage, folders) = stage_in(folder), own
     looked_at = (*(names if marked is None else ()), *(folders if marked != stage else ()))
     there = sorted(name for name in looked_at if _holds(folder / name))
     if there:
@@ -176,7 +178,7 @@ def refuse_links(folder: Path, *, folders: Sequence[str] = MODELS) -> None:
     for link in (folder / name for name in (*FILES, *inside) if (folder / name).is_symlink()):
         raise ValueError(f"out: {link} is a link to {link.resolve()}, and a run writes into this file; unlink it")
     for link in (folder / name for name in (*folders, NOT_FINITE)):
-        if link.is_symlink() and _holds(link):  # Nobody can tell whose that is.
+        if link.is_symlink() and _holds(link) and not is_ours(link):  # Nobody can tell whose that is.
             raise ValueError(f"out: {link} is a link to {link.resolve()}, which is not empty; empty it, or unlink it")
     link = folder / CHECKPOINTS
     if link.is_symlink():

@@ -48,14 +48,16 @@ def mark(config: Any, stage: str, inputs: Mapping[str, str] | None = None) -> No
 
 
 def opened(config: Any, stage: str, log: RunLog | None = None) -> RunLog:
-    """The log of a run without checkpoints, after its folder was looked at and marked.
+    """The log of a run without checkpoints, after its folder was looked at, and marked if it was not.
+
+    A run that trained there, and may go on, keeps its mark.
 
     Raises:
-        ValueError: What ``look`` raises, or the run would write over what it reads.
+        ValueError: What ``look`` raises.
     """
-    run_folder.refuse_inputs(config)
     look(config, logs=log is None)
-    mark(config, stage)
+    if run_folder.stage_in(Path(config.out)) in (None, stage):
+        mark(config, stage)
     return log or RunLog(config.out, quiet=config.quiet)
 
 

@@ -77,7 +77,7 @@ def shaped(cfg: RewardOptions, scores: Tensor, lengths: Tensor, truncated: Tenso
         truncated: [S] bool.
 
     Example:
-        >>> cfg = RewardOptions(data=None, reward="f", length_coef=-0.1, eos_bonus=1.0)  # type: ignore[arg-type]
+        >>> cfg = RewardOptions(data="d.jsonl", reward="f", length_coef=-0.1, eos_bonus=1.0)  # type: ignore[arg-type]
         >>> shaped(cfg, torch.tensor([1.0, 0.0, 3.0]), torch.tensor([5, 8, 9]), torch.tensor([False, False, True]))
         tensor([1.5000, 0.2000, 0.2000])
     """

@@ -13,6 +13,7 @@ from trainer.data_file import rows
 from trainer.data_format import prompt_only
 from trainer.log import RunLog
 from trainer.paths import settle
+from trainer.run_folder import refuse_inputs
 from trainer.run_mark import opened
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
@@ -64,6 +65,7 @@ def run(cfg: SplitConfig, log: RunLog | None = None) -> dict[str, int]:
         ValueError: The file is not data, or one side would be empty.
     """
     check(cfg)
+    refuse_inputs(cfg)
     log = opened(cfg, "split", log)
     parts: dict[str, list[str]] = {TRAIN: [], HELD_OUT: []}
     lost: list[tuple[int, str]] = []

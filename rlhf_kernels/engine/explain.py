@@ -80,4 +80,4 @@ def _masks(head: Head) -> Tensor:
     """0-d bool: whether the bias says of some tokens that they cannot come next."""
     if head.bias is None:
         return torch.zeros((), dtype=torch.bool, device=None if head.weight is None else head.weight.device)
-    return (head.bias < -MASK).any()
+    return (head.bias.float() < -MASK).any()  # In float16 the bound itself would be -inf.
