@@ -80,8 +80,8 @@ def one_of(name: str, x: object, choices: tuple[str | None, ...]) -> None:
 
 def of_a_library(x: Tensor) -> bool:
     """Whether it is a DTensor, a FakeTensor or another class with operations of its own, whose memory is elsewhere."""
-    plain: object = getattr(Tensor, "__torch_dispatch__")  # noqa: B009 (pyright would bind it as a method)
-    return getattr(type(x), "__torch_dispatch__") is not plain  # noqa: B009
+    of_torch: object = getattr(Tensor, "__torch_dispatch__")  # noqa: B009 (pyright would bind it as a method)
+    return getattr(type(x), "__torch_dispatch__") is not of_torch  # noqa: B009
 
 
 def tensor(name: str, x: object, kind: str = "a tensor") -> None:
@@ -90,7 +90,7 @@ def tensor(name: str, x: object, kind: str = "a tensor") -> None:
         raise TypeError(f"{name}: got {type(x).__name__}, wants {kind}")
     dense = x.layout == torch.strided and not (x.is_nested or x.is_quantized or x.device.type == "meta")
     wants(dense, name, x, f"{kind}, dense and with data")
-    if torch.compiler.is_compiling():  # A compiler of the caller's has tensors of its own, and knows about both.
+    if torch.compiler.is_compiling():  # Inside a compiler nothing is either, and it cannot follow the questions.
         return
     wants(not x.is_neg(), name, x, f"{kind} as resolve_neg() gives it")
     wants(not of_a_library(x), name, x, f"{kind} of torch itself: a DTensor has to_local() and full_tensor()")

@@ -19,48 +19,20 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from trainer import config_file, console, data_file, log, permission, ranks, report, run_folder
 from trainer.address import redacted
 from trainer.cli_help import COMMON, whole
+from trainer.config_file import version
 from trainer.console import Parser, say, visible
 from trainer.paths import home
+from trainer.subcommands import SPREAD, STAGES, TOOLS, Stage
 from trainer.threads import TINY, model_of, one_bar_only, set_threads, used_threads
 
 PROG = "rlhf-train"
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 OUT = "out"  # the field of a stage's config that names the run folder
-
-
-class Stage(NamedTuple):
-    """Where a subcommand lives; imported only when it is asked for."""
-
-    module: str
-    config: str
-    run: str
-    about: str
-
-
-STAGES = {
-    "demo": Stage("trainer.demo", "DemoConfig", "run", "SFT, reward model and PPO from scratch, on a laptop CPU"),
-    "sft": Stage("trainer.sft", "SFTConfig", "train", "supervised fine-tuning on demonstrations"),
-    "reward": Stage("trainer.reward", "RewardConfig", "train", "reward model on preference pairs or K-wise rankings"),
-    "ppo": Stage("trainer.ppo", "PPOConfig", "train", "PPO with value model and KL control, on prompts"),
-    "grpo": Stage("trainer.grpo", "GRPOConfig", "train", "GRPO, Dr.GRPO, RLOO, REINFORCE++, on prompts"),
-    "dpo": Stage("trainer.pairs", "DPOConfig", "dpo", "direct preference optimisation, on pairs or rankings"),
-    "ipo": Stage("trainer.pairs", "IPOConfig", "ipo", "the same with a squared loss, which does not saturate"),
-    "kto": Stage("trainer.kto", "KTOConfig", "train", "on single replies, each labelled desirable or not"),
-    "orpo": Stage("trainer.pairs", "ORPOConfig", "orpo", "preferences and demonstrations at once, no reference"),
-    "simpo": Stage("trainer.pairs", "SimPOConfig", "simpo", "on pairs, by mean log-probability, no reference"),
-    "split": Stage("trainer.split", "SplitConfig", "run", "two files out of one: what to train on, and what not"),
-    "eval": Stage("trainer.evaluation", "EvalConfig", "run", "win rate, held-out loss and tasks, before and after"),
-}
-SPREAD = ("sft", "reward", "ppo", "grpo", "dpo", "ipo", "kto", "orpo", "simpo", "resume")  # over several processes
-TOOLS = {
-    "inspect": ("trainer.inspect_data", "what decides the worth of preference data, before you train on it"),
-    "doctor": ("trainer.doctor", "what this machine has, and what will be slow on it"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -292,8 +264,3 @@ def _report(argv: list[str]) -> int:
     parser.add_argument("run", type=Path)
     say(str(report.write(parser.parse_args(argv).run)))
     return 0
-
-
-def version() -> str:
-    """Of the packages that decide what a run computes, in one line."""
-    return ", ".join(f"{name} {version}" for name, version in config_file.versions().items())

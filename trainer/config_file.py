@@ -223,3 +223,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return redacted(value)
     return value if isinstance(value, bool | int | float | None) else str(value)
+
+
+def version() -> str:
+    """Of the packages that decide what a run computes, in one line."""
+    return ", ".join(f"{name} {version}" for name, version in versions().items())

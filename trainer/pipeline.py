@@ -20,6 +20,7 @@ from trainer.address import HIDDEN, redacted, secrets_of
 from trainer.console import Console, Parser, say
 from trainer.files import write_whole
 from trainer.records import records
+from trainer.subcommands import STAGES, TOOLS, Stage
 from trainer.threads import TINY, one_bar_only, set_threads, used_threads
 
 PIPELINE = "pipeline"
@@ -58,10 +59,10 @@ class Work(NamedTuple):
         return (self.config.out / run_folder.SUMMARY).exists()
 
 
-def stages() -> dict[str, cli.Stage]:
+def stages() -> dict[str, Stage]:
     """What a recipe may hold: every stage that is told by a config what to do."""
-    inspect = cli.Stage("trainer.inspect_stage", "InspectConfig", "run", cli.TOOLS["inspect"][1])
-    return {name: stage for name, stage in cli.STAGES.items() if name != "demo"} | {"inspect": inspect}
+    inspect = Stage("trainer.inspect_stage", "InspectConfig", "run", TOOLS["inspect"][1])
+    return {name: stage for name, stage in STAGES.items() if name != "demo"} | {"inspect": inspect}
 
 
 def planned(out: Path) -> bool:
@@ -116,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
             if folder.exists():  # Where nothing has begun, no folder is made before ours is marked.
                 run_folder.claim(folder, overwrite=options.overwrite)
         run_folder.claim(out, overwrite=options.overwrite)
-        comments = [f"{cli.PROG} {PIPELINE} {shlex.join(_safe(argv, work))}", cli.version()]
+        comments = [f"{cli.PROG} {PIPELINE} {shlex.join(_safe(argv, work))}", config_file.version()]
         _write(out / config_file.RESOLVED, plan | {"threads": used_threads()}, comments)
     try:
         with run_folder.alone(out):
@@ -141,7 +142,9 @@ def _go(out: Path, work: Sequence[Work]) -> None:
         if not resumable:
             run_folder.claim(w.config.out, overwrite=True)
         header = {"stage": w.stage, "threads": used_threads()}
-        config_file.write_resolved(w.config.out, w.config, [f"stage {w.name} of a pipeline, {cli.version()}"], header)
+        config_file.write_resolved(
+            w.config.out, w.config, [f"stage {w.name} of a pipeline, {config_file.version()}"], header
+        )
         cli.train(w.stage, w.run, w.config, **({"resume": True} if resumable else {}))
         gather(out, work)
     log.RunLog(out, quiet=True).summary(gather(out, work))

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer import cli, config_file, fingerprint, ranks, run_folder
+from trainer import config_file, fingerprint, ranks, run_folder
 from trainer.log import RunLog
+from trainer.subcommands import STAGES
 from trainer.threads import used_threads
 
 
@@ -42,7 +43,7 @@ def mark(config: Any, stage: str, inputs: Mapping[str, str] | None = None) -> No
     out, known = Path(config.out), stage_of(config) or stage
     if run_folder.is_ours(out) and _says(out / config_file.RESOLVED, known, config):
         return
-    about = f"begun from Python, {cli.version()}, python {platform.python_version()}"
+    about = f"begun from Python, {config_file.version()}, python {platform.python_version()}"
     sums = [f"{option}: sha256 {digest}" for option, digest in (inputs or {}).items()]
     config_file.write_resolved(out, config, [about, *sums], {"stage": known, "threads": used_threads()})
 
@@ -64,7 +65,7 @@ def opened(config: Any, stage: str, log: RunLog | None = None) -> RunLog:
 def stage_of(config: Any) -> str | None:
     """The subcommand that takes such a config."""
     kind = type(config)
-    return next((k for k, v in cli.STAGES.items() if (v.module, v.config) == (kind.__module__, kind.__name__)), None)
+    return next((k for k, v in STAGES.items() if (v.module, v.config) == (kind.__module__, kind.__name__)), None)
 
 
 def _says(path: Path, stage: str, config: Any) -> bool:

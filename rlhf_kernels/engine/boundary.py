@@ -15,8 +15,6 @@ FIRST_ONLY = (
     "Build a gradient penalty on plain torch"
 )
 NO_FORWARD_MODE = "rlhf_kernels: got a tangent of forward-mode differentiation, wants backward(): there is no other way"
-
-
 NO_BATCHES = (
     "rlhf_kernels: got several upstream gradients at once (is_grads_batched=True, jacobian(vectorize=True)), wants one "
     "backward after another"
