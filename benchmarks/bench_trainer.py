@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import report
-from benchmarks.trainer_update import LOSSES, SIZES, Peak, World, peak
+from benchmarks import place, report
+from benchmarks.trainer_update import LOSSES, SIZES, Peak, World, peak, small_policy
 
 RIVALS = ("materialised", "responses")
 COLUMNS: dict[str, Callable[[Any], float]] = {  # seconds of the policy's step and of both, and of CPU
@@ -129,14 +129,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(shown(run))
 
 
-_world = cache(lambda: World(SIZES["small"]))
+@cache
+def _world(device: str) -> tuple[World, dict[str, float]]:
+    """And how far its losses are apart."""
+    world = World(SIZES["small"], small_policy(SIZES["small"]).to(place.place(device)))
+    return world, parity(world)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_update(benchmark: Any, loss: str) -> None:
+def test_update(benchmark: Any, timed: Any, in_time: Any, device: str, loss: str) -> None:
+    if not in_time():
+        pytest.skip("time is over")
     benchmark.group = f"PPO update {SIZES['small']}"
-    benchmark.extra_info |= parity(_world())
-    benchmark.pedantic(lambda: _world().update(LOSSES[loss]), rounds=5, warmup_rounds=1)
+    world, apart = _world(device)
+    benchmark.extra_info |= apart
+    timed(lambda: world.update(LOSSES[loss]), rounds=5, warmup_rounds=1)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from benchmarks.truth import Truth, truth_of
 
 CLIP = (0.2, 0.2)  # of the policy losses
+DUAL_CLIP = 3.0  # Liger's bound of a ratio under a negative advantage; no ratio of these batches comes near it
 BETA = 0.1  # of the preference losses
 KTO_KL = 0.3  # nats, the reference point of KTO
 UNIFORM = math.inf  # mean entropy of a head that knows nothing
@@ -111,22 +113,24 @@ def draw(
 
     Logits have standard deviation 2.5 and one token that stands out, by more in some rows than in others: as in a
     trained model, most rows are all but certain, a few wide open, and no logit is larger than about 40. One target in
-    ten is the argmax, the others are sampled. ``UNIFORM`` is a head that has learned next to nothing.
+    ten is the argmax, the others are sampled. ``UNIFORM`` is a head that has learned next to nothing. The numbers are
+    drawn on the device: a processor draws a large head for minutes.
     """
     rng = torch.Generator().manual_seed(seed)
-    weight = torch.randn(shape.vocab, shape.hidden, generator=rng).mul_(shape.hidden**-0.5).to(dtype)
-    background = 2.5 * torch.randn(shape.tokens, shape.hidden, generator=rng)
+    there: Any = {"generator": rng if device == "cpu" else torch.Generator(device).manual_seed(seed), "device": device}
+    weight = torch.randn(shape.vocab, shape.hidden, **there).mul_(shape.hidden**-0.5).to(dtype)
+    background = 2.5 * torch.randn(shape.tokens, shape.hidden, **there)
     if nats == UNIFORM:
         hidden = background.mul_(0.1).to(dtype)
     else:
-        tops = torch.randint(shape.vocab, (shape.tokens,), generator=rng)
+        tops = torch.randint(shape.vocab, (shape.tokens,), **there)
         few = min(64, shape.tokens)  # rows that stand for all: sharpness repeats after them
-        grid = torch.linspace(0.6, 1.4, few)[torch.randperm(few, generator=rng)]
+        grid = torch.linspace(0.6, 1.4, few)[torch.randperm(few, generator=rng)].to(device)
         standing_out = grid.repeat(-(-shape.tokens // few))[: shape.tokens, None] * weight[tops].float()
-        head = weight.to(device).float().t()
-        lift = _lift_for_entropy(background[:few].to(device) @ head, standing_out[:few].to(device) @ head, nats)
+        head = weight.float().t()
+        lift = _lift_for_entropy(background[:few] @ head, standing_out[:few] @ head, nats)
         hidden = (background + lift * standing_out).to(dtype)
-    return packed(hidden.to(device), weight.to(device), None, shape.lengths(), rng)
+    return packed(hidden, weight, None, shape.lengths(), rng)
 
 
 def packed(

@@ -1,8 +1,12 @@
-"""`pytest benchmarks/ --benchmark-only`: collects bench_*.py, which a plain `pytest` does not; ends with one table."""
+"""`pytest benchmarks/ --benchmark-only`: collects bench_*.py, which a plain `pytest` does not; ends with one table.
+
+It measures a GPU where there is one, in three minutes, and a CPU in five: who would come later is left out by name.
+"""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,18 +14,33 @@ from typing import Any
 import pytest
 import torch
 
-collect_ignore = ["gpu_probe.py", "gpu_probe_kernels.py"]
+from benchmarks.place import CHOICES, chosen, wait
+
 MEASURED = pytest.StashKey[dict[tuple[Any, ...], tuple[list[Any], dict[str, Any]]]]()
+DEVICE, UNTIL = pytest.StashKey[str](), pytest.StashKey[float]()
+MINUTES = {"cuda": 3.0, "cpu": 5.0}  # of the small grid
+IN_TIME = 0.9  # the share of the minutes after which nothing begins
+ROUND_SECONDS = 2.0  # for the rounds of one contender, which are two at least
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--grid", choices=("small", "full"), default="small", help="of shapes, entropies and contenders")
+    parser.addoption("--device", choices=CHOICES, default="auto", help="what is measured; auto: a GPU if there is one")
+    parser.addoption("--minutes", type=float, help="for everything; 3 on a GPU, 5 on a CPU, no limit for the full grid")
     parser.addoption("--table-out", type=Path, help="where to leave the rows of the table as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore")  # peers warn as they like
     config.stash[MEASURED] = {}
+    try:
+        config.stash[DEVICE] = device = chosen(str(config.getoption("device")))
+    except ValueError as error:
+        raise pytest.UsageError(f"--device {error}") from error
+    minutes = config.getoption("minutes")
+    if minutes is None:
+        minutes = MINUTES[device] if config.getoption("grid") == "small" else float("inf")
+    config.stash[UNTIL] = time.monotonic() + 60 * minutes * IN_TIME
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -32,24 +51,59 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 
 
 @pytest.fixture
-def entered(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Any]:
+def device(request: pytest.FixtureRequest) -> str:
+    """The name of what is measured, "cuda" or "cpu"."""
+    return request.config.stash[DEVICE]
+
+
+@pytest.fixture
+def in_time(request: pytest.FixtureRequest) -> Any:
+    """Tells whether another measurement may begin."""
+    return lambda: time.monotonic() < request.config.stash[UNTIL]
+
+
+@pytest.fixture
+def timed(benchmark: Any, device: str) -> Any:
+    """(step, rounds, what to do with each result) -> times of the step, until the device has done it."""
+
+    def measure(step: Any, rounds: int, then: Any = lambda _: None, warmup_rounds: int = 0) -> None:
+        def done() -> None:
+            result = step()
+            wait(device)
+            then(result)
+
+        setup = {"setup": lambda: wait(device)}
+        benchmark.pedantic(done, rounds=rounds, warmup_rounds=warmup_rounds, **setup)
+
+    return measure
+
+
+@pytest.fixture
+def entered(request: pytest.FixtureRequest, benchmark: Any, timed: Any, in_time: Any, device: str) -> Iterator[Any]:
     """(contender, batch, judge, what the table is of, row of further numbers) -> measured and remembered.
 
     A contender that is not there is skipped by name; whoever is wrong is in the table, marked.
     """
-    from benchmarks.measure import enter, forward_seconds
+    from benchmarks.measure import device_bytes, enter, forward_seconds
 
     found: list[tuple[Any, ...]] = []
 
     def measure(contender: Any, batch: Any, judge: Any, about: dict[str, Any], rounds: int = 5) -> dict[str, Any]:
-        row, step = enter(contender, batch, judge)
+        row: dict[str, Any] = {"contender": contender.name, "side": contender.side, "verdict": "skipped: time is over"}
+        step = None
+        if in_time():
+            row, step = enter(contender, batch, judge, profiled=False)
         row |= about
         forward: list[float | None] = []
         found.append((tuple(sorted(about.items())), row, forward))
         if step is None:
             pytest.skip(row["verdict"])
         benchmark.extra_info |= {"verdict": row["verdict"], **row["errors"]}
-        benchmark.pedantic(lambda: forward.append(forward_seconds(step())), rounds=rounds)
+        if device == "cuda":
+            row["extra_bytes"] = device_bytes(step)
+        if not contender.compiles:
+            rounds = max(2, min(rounds, int(ROUND_SECONDS / row["first_call_s"])))
+        timed(step, rounds, lambda result: forward.append(forward_seconds(result)))
         return row
 
     yield measure
@@ -69,7 +123,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     from benchmarks.measure import ranked
 
     rows = [row for found, times in tables.values() for row in ranked(found, times)]
-    environment = report.environment(torch.get_num_threads(), None)
+    environment = report.environment(torch.get_num_threads(), None, config.stash[DEVICE])
     terminalreporter.section("side by side")
     terminalreporter.write_line(report.heading(environment))
     terminalreporter.write_line("One contender after the other: benchmarks.side_by_side takes turns, and is steadier.")

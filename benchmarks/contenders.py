@@ -78,7 +78,8 @@ def _training(op: str, peer: LogpPeer) -> Contender:
     """The op's loss over a peer's differentiable log-probabilities, forward and backward."""
 
     def build(batch: Batch) -> Step:
-        if peer.most_logits is not None and len(batch.targets) * len(batch.weight) > peer.most_logits:
+        large = peer.most_logits is not None and len(batch.targets) * len(batch.weight) > peer.most_logits
+        if large and not batch.hidden.is_cuda:
             raise peers.Skipped("it takes minutes at this size")
         logp_of = peer.load()
         rows, n = kept_rows(batch, op), len(batch.targets)
@@ -117,15 +118,15 @@ def _scoring(peer: LogpPeer) -> Contender:
     return _peer(peer.name, build, peer.compiles, peer.gpu)
 
 
-def contenders(op: str, max_bytes: int | None = None) -> list[Contender]:
-    """Everybody who can do this op on hidden states and a head; ``max_bytes`` is our byte budget."""
+def contenders(op: str, max_bytes: int | None = None, backend: str | None = None) -> list[Contender]:
+    """Everybody who can do this op on hidden states and a head; ``max_bytes`` and ``backend`` are ours."""
     found = [Contender("copy of the logits", "floor", _copy) if op == "logits" else _floor(op)]
     if op == "score":
         found += [_scoring(peer) for peer in peers.LOGP_PEERS if peer.load_score is not peers.unable]
     elif op in LOSSES:
         found += [_training(op, peer) for peer in peers.LOGP_PEERS if op not in peer.leaves_out]
     found += [_peer(*own) for own in peers.OWN_LOSSES.get(op, ())]
-    return found + [Contender(name, "ours", build) for name, build in ours.contenders(op, max_bytes)]
+    return found + [Contender(name, "ours", build) for name, build in ours.contenders(op, max_bytes, backend)]
 
 
 def without(found: Sequence[Contender], skipped: Sequence[str]) -> list[Contender]:

@@ -35,8 +35,14 @@ def judge_for(op: str, batch: Batch, truth: Truth, ref_truth: Truth | None) -> t
         truth, expected = expect_logits(lambda logp: weighted(logp, None, batch), truth, batch.logits, batch.targets)
 
     def judge(result: Result) -> tuple[dict[str, float], str]:
-        errors = errors_of(result, truth, expected, batch.kept)
-        slope = None if expected is None else expected.slope
+        own = expected
+        if result.value is not None and expected is not None:
+            logp = truth.logp.clone().requires_grad_()
+            loss = result.value(logp, None, batch)
+            (g,) = torch.autograd.grad(loss, logp)
+            own = expected._replace(loss=loss.item(), slope=g.norm().item())
+        errors = errors_of(result, truth, own, batch.kept)
+        slope = None if own is None else own.slope
         largest = max(truth.largest_logit, truth.logp.abs().max().item())  # whichever is rounded
         return errors, verdict(errors, batch.hidden.dtype, largest, slope, 3.0 if op == "kl" else 1.0)
 

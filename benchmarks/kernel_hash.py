@@ -25,7 +25,10 @@ def measured(results: Path = RESULTS) -> dict[str, set[str]]:
     """For every source the hashes under which some committed GPU result was made."""
     found: dict[str, set[str]] = {}
     for file in sorted(results.glob("gpu-*.json")):
-        for name, digest in json.loads(file.read_text()).get("sources", {}).items():
+        content = json.loads(file.read_text())
+        if content.get("about", {}).get("dry"):
+            continue  # no GPU was there
+        for name, digest in content.get("sources", {}).items():
             found.setdefault(name, set()).add(digest)
     return found
 

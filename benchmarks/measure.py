@@ -39,8 +39,11 @@ def forward_seconds(result: Any) -> float | None:
     return None if part is None else part()
 
 
-def enter(contender: Contender, batch: Any, judge: Judge) -> tuple[Row, Step | None]:
-    """A contender's row with its first call, which compiles and warms up, and the step to time after it."""
+def enter(contender: Contender, batch: Any, judge: Judge, *, profiled: bool = True) -> tuple[Row, Step | None]:
+    """A contender's row with its first call, which compiles and warms up, and the step to time after it.
+
+    ``profiled``: on a GPU, with what only a profiler can tell.
+    """
     row: Row = {"contender": contender.name, "side": contender.side}
     cuda = on_cuda(batch)
     try:
@@ -57,7 +60,7 @@ def enter(contender: Contender, batch: Any, judge: Judge) -> tuple[Row, Step | N
     except Exception as error:  # whatever a peer trips over belongs in its row, not in ours
         return row | {"verdict": f"failed: {brief(error)}"}, None
     row |= {"first_call_s": first, "compiles": contender.compiles, "errors": errors, "verdict": verdict}
-    if cuda:
+    if cuda and profiled:
         del result
         row |= _on_device(step)
     return row, step
@@ -69,10 +72,8 @@ def on_cuda(batch: Any) -> bool:
     ]))  # fmt: skip
 
 
-def _on_device(step: Step) -> Row:
-    """What only a GPU can tell: peak memory beyond what is there, kernels launched, waits of the host."""
-    from torch.profiler import ProfilerActivity, profile
-
+def device_bytes(step: Step) -> int:
+    """Peak memory of a GPU beyond what is there and the gradients that are handed back."""
     result = step()  # whatever is kept between calls is there
     gradients = [g for g in result if isinstance(g, torch.Tensor)]
     size = sum(g.numel() * g.element_size() for g in gradients)
@@ -80,10 +81,16 @@ def _on_device(step: Step) -> Row:
     _wait(True)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = step()
+    step()
     _wait(True)
-    extra = torch.cuda.max_memory_allocated() - before - size
-    del result
+    return torch.cuda.max_memory_allocated() - before - size
+
+
+def _on_device(step: Step) -> Row:
+    """What only a GPU can tell: peak memory, kernels launched, waits of the host."""
+    from torch.profiler import ProfilerActivity, profile
+
+    extra = device_bytes(step)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         result = step()
     del result

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import BETA, CLIP, KTO_KL, Batch
+from benchmarks.cases import BETA, CLIP, DUAL_CLIP, KTO_KL, Batch
 
 Loss = Callable[[Tensor, Tensor | None, Batch], Tensor]  # (logp [N], reference's logp [N], batch) -> scalar
 
@@ -23,6 +23,19 @@ def clipped(logp: Tensor, _: Tensor | None, batch: Batch) -> Tensor:
     advantages = batch.advantages.to(logp.dtype)
     ratio = (logp - batch.old_logp.to(logp.dtype)).exp()
     gain = (ratio * advantages).minimum(ratio.clamp(1 - CLIP[0], 1 + CLIP[1]) * advantages)
+    return -gain.masked_fill(~batch.kept, 0.0).sum() / batch.kept.sum()
+
+
+def reinforced(logp: Tensor, _: Tensor | None, batch: Batch) -> Tensor:
+    """What Liger's score centering returns without centering, under a correction that drops as PPO clips.
+
+    Its gradient is that of ``clipped``, but for ratios beyond 3 under a negative advantage, which it drops, too. Its
+    value is -A w logp, w being the ratio within the band and zero outside, instead of -A times the clipped ratio.
+    """
+    advantages = batch.advantages.to(logp.dtype)
+    ratio = (logp - batch.old_logp.to(logp.dtype)).exp()
+    within = torch.where(advantages >= 0, ratio <= 1 + CLIP[1], (ratio >= 1 - CLIP[0]) & (ratio <= DUAL_CLIP))
+    gain = advantages * (ratio * within) * logp
     return -gain.masked_fill(~batch.kept, 0.0).sum() / batch.kept.sum()
 
 

@@ -14,14 +14,15 @@ from benchmarks.objectives import weighted
 from benchmarks.peers.base import Build, Forward, Step, training
 from benchmarks.peers.plain_torch import from_logits
 from benchmarks.truth import Result
-from rlhf_kernels.engine.call import MAX_BYTES
+from rlhf_kernels.engine.call import MAX_BYTES, MAX_BYTES_GPU
 
 GIB = 2**30
 Head = dict[str, Any]  # HeadOptions
 
 
 def default_budget(device: str = "cpu") -> int:
-    return MAX_BYTES[device]
+    """Of a device by its name, with or without its number."""
+    return MAX_BYTES.get(torch.device(device).type, MAX_BYTES_GPU)
 
 
 def _targets(batch: Batch) -> Tensor:
@@ -150,14 +151,15 @@ def _pairs(batch: Batch) -> dict[str, Any]:
     return {"cu_seqlens": batch.cu_seqlens, "beta": BETA}
 
 
-def contenders(op: str, max_bytes: int | None) -> list[tuple[str, Build]]:
+def contenders(op: str, max_bytes: int | None, backend: str | None = None) -> list[tuple[str, Build]]:
     """Our entries for an op; the op that remembers logits also enters with room for all of them."""
     head: Head = {} if max_bytes is None else {"max_bytes": max_bytes}
+    head |= {} if backend is None else {"backend": backend}
     beta: Callable[[Batch], dict[str, Any]] = lambda _: {"beta": BETA}  # noqa: E731
     entries: dict[str, list[tuple[str, Build]]] = {
         "train": [
             ("rk.token_stats", _token_stats(head)),
-            ("rk.token_stats, 1 GiB", _token_stats({"max_bytes": GIB})),
+            ("rk.token_stats, 1 GiB", _token_stats(head | {"max_bytes": GIB})),
             ("rk.fused_loss", _fused_loss(head)),
         ],
         "score": [("rk.token_stats", _score(head))],

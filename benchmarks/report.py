@@ -96,7 +96,7 @@ def environment(threads: int, max_bytes: int | None, device: str = "cpu") -> Row
         "threads": threads,
         "load_before": round(os.getloadavg()[0], 2),
         "backends": rk.backends(),
-        "max_bytes": max_bytes or ours.default_budget("cuda" if cuda else "cpu"),
+        "max_bytes": max_bytes or ours.default_budget(device),
     }
 
 

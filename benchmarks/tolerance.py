@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     op = "train" if args.all_rows else "sparse_kept" if args.kept else "sparse"
     batch, _ = for_op(op, batch, truth)
     result = {
-        "environment": environment(args.threads, None),
+        "environment": environment(args.threads, None, args.device),
         "sources": hashes(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "shape": str(shape),

@@ -18,18 +18,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
 from trainer.experience import Experience, in_parts
-from trainer.models import scalar_from
+from trainer.models import Policy, scalar_from
 from trainer.packing import Sample, pack
 from trainer.ppo import PPO, PPOConfig
 from trainer.rl_method import Totals
-from trainer.stage import Optimizer
+from trainer.stage import Optimizer, autocast
 from trainer.tiny import tiny_policy, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -59,14 +59,20 @@ class World:
     """Policy, value model, their optimizers, and a rollout whose every response token has a gradient.
 
     The learning rate is too small to move the policy, so that no ratio reaches the clip and every update is the first.
+
+    Args:
+        size: Of the batch, and of the model where none is given.
+        policy: Where it is, everything else will be; None makes a small one on the CPU.
+        options: Of ``PPOConfig``.
     """
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, policy: Policy | None = None, **options: Any) -> None:
         self.size = size
-        self.cfg = PPOConfig(data=Path("replayed"), reward="replayed", lr=1e-12, value_lr=1e-12, max_tokens=size.tokens)
+        options = {"lr": 1e-12, "value_lr": 1e-12, "max_tokens": size.tokens} | options
+        self.cfg = PPOConfig(data=Path("replayed"), reward="replayed", **options)
         self.method = PPO(self.cfg)
-        words = [f"w{i}" for i in range(size.vocab - 2)]
-        self.policy = tiny_policy(word_tokenizer(words), 0, hidden=size.hidden, layers=size.layers)
+        self.policy = small_policy(size) if policy is None else policy
+        self.device = self.policy.weight.device
         self.value = scalar_from(self.policy, torch.Generator().manual_seed(0))
         self.optimizers = [Optimizer(self.cfg, m, 1000) for m in (self.policy, self.value)]
         self.rollout = self._replayed(size.tokens)
@@ -74,17 +80,19 @@ class World:
     def _replayed(self, tokens: int) -> Experience:
         size, source = self.size, torch.Generator().manual_seed(1)
         ids = torch.randint(2, size.vocab, (tokens // size.length, size.length), generator=source).tolist()
-        packed = pack([Sample(row, size.prompt) for row in ids])
-        with torch.no_grad():  # in small parts, so that making the batch needs less than learning from it
+        packed = pack([Sample(row, size.prompt) for row in ids], self.device)
+        # In small parts, so that making the batch needs less than learning from it.
+        with torch.no_grad(), autocast(self.cfg, self.device):
             logp, values = in_parts(packed, 512, lambda p: (self.policy.stats(p).logp, self.value.values(p)))
         n, mask = len(packed.input_ids), packed.mask
 
         def noise(scale: float) -> Tensor:
-            return torch.randn(n, generator=source).mul(scale).clamp(-2 * scale, 2 * scale).where(mask, 0.0)
+            drawn = torch.randn(n, generator=source).mul(scale).clamp(-2 * scale, 2 * scale)
+            return drawn.to(self.device).where(mask, 0.0)
 
         return Experience(
-            packed, old_logp=logp + noise(0.05), ref_logp=logp, entropy=torch.zeros(n),
-            scores=torch.zeros(len(ids)), truncated=torch.zeros(len(ids), dtype=torch.bool), values=values,
+            packed, old_logp=logp + noise(0.05), ref_logp=logp, entropy=torch.zeros_like(logp),
+            scores=logp.new_zeros(len(ids)), truncated=mask.new_zeros(len(ids)), values=values,
             advantages=noise(1.0), returns=values + noise(1.0),
         )  # fmt: skip
 
@@ -93,14 +101,32 @@ class World:
 
     def update(self, loss: PolicyLoss, batch: Experience | None = None) -> tuple[float, float]:
         """One optimizer step of the policy and one of the value model, as the loop takes them; seconds of each."""
-        batch = self.rollout if batch is None else batch
-        totals, start = self.totals(batch), time.perf_counter()
-        parts = batch.parts(range(len(batch.scores)), self.cfg.max_tokens)
-        weights = [int(p.packed.mask.sum()) for p in parts]
-        self.optimizers[0].step(parts, lambda part: loss(self, part), weights)
+        start = time.perf_counter()
+        self.policy_step(loss, batch)
         middle = time.perf_counter()
-        self.optimizers[1].step(parts, lambda part: self.method.value_loss(self.value, part, totals), weights)
+        self.value_step(batch)
         return middle - start, time.perf_counter() - middle
+
+    def policy_step(self, loss: PolicyLoss, batch: Experience | None = None) -> None:
+        """The first half of an update."""
+        self._step(self.optimizers[0], lambda part: loss(self, part), batch)
+
+    def value_step(self, batch: Experience | None = None) -> None:
+        """The other half."""
+        totals = self.totals(self.rollout if batch is None else batch)
+        self._step(self.optimizers[1], lambda part: self.method.value_loss(self.value, part, totals), batch)
+
+    def _step(
+        self, optimizer: Optimizer, loss: Callable[[Experience], rk.LossOutput], batch: Experience | None
+    ) -> None:
+        batch = self.rollout if batch is None else batch
+        parts = batch.parts(range(len(batch.scores)), self.cfg.max_tokens)
+
+        def under_autocast(part: Experience) -> rk.LossOutput:
+            with autocast(self.cfg, self.device):
+                return loss(part)
+
+        optimizer.step(parts, under_autocast, [int(p.packed.mask.sum()) for p in parts])
 
     def gradient(self, loss: PolicyLoss) -> tuple[float, Tensor]:
         """Loss and the policy's gradient, in a row."""
@@ -109,6 +135,12 @@ class World:
         flat = torch.cat([p.grad.flatten() for p in self.policy.parameters() if p.grad is not None])
         self.policy.zero_grad()
         return float(out.loss.detach()), flat
+
+
+def small_policy(size: Size) -> Policy:
+    """Of random weights, on the CPU."""
+    words = [f"w{i}" for i in range(size.vocab - 2)]
+    return tiny_policy(word_tokenizer(words), 0, hidden=size.hidden, layers=size.layers)
 
 
 def ours(world: World, part: Experience) -> rk.LossOutput:

@@ -36,6 +36,7 @@ class Result(NamedTuple):
     kl: Tensor | None = None  # [N], or [kept]
     grad_logits: Tensor | None = None  # [N, V]
     forward_s: Callable[[], float] | None = None  # seconds of the part before the gradients
+    value: Callable[..., Tensor] | None = None  # of (logp, None, batch): what its loss is, where only gradients agree
 
 
 class Expected(NamedTuple):

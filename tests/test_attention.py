@@ -287,3 +287,11 @@ def test_other_tokens_beside_it_change_no_bit_of_a_sequence():
             beside = pack([s if j == i else other(s) for j, s in enumerate(samples)])
             assert torch.equal(policy.hidden(beside)[start:end], hidden[start:end])
             assert torch.equal(policy.stats(beside).logp[start:end], logp[start:end])
+
+
+def test_under_autocast_the_fused_kernels_get_its_precision(monkeypatch):
+    seen: list[Tensor] = []
+    monkeypatch.setattr(attention, "_fusible", lambda *given: seen.extend(given))
+    with torch.autocast("cpu", torch.bfloat16):
+        small_policy().hidden(pack([Sample([1, 2, 3], 1)]))
+    assert {x.dtype for x in seen} == {torch.bfloat16}

@@ -1,4 +1,4 @@
-"""What surrounds the measurements: text, shapes, figures, the memory curve, packed peers, and pytest's own table."""
+"""What surrounds the measurements: text, shapes, figures, the memory curve, and pytest's own table."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import figures, memory_curve, pack_peers, report, summary, text
+from benchmarks import figures, memory_curve, report, summary, text
 from benchmarks.cases import DTYPES, HEAD_OPS, MODELS, UNIFORM, Batch, Shape, draw, for_op, shape_of
 from benchmarks.contenders import contenders
 from benchmarks.judge import judge_for
 from benchmarks.measure import ranked
 from benchmarks.peers import base
+from rlhf_kernels.engine.call import MAX_BYTES, MAX_BYTES_GPU
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,27 +146,13 @@ def test_the_memory_curve_tells_who_grows(tmp_path):
     assert rows["rk.fused_loss", 4096]["verdict"] == "ok"
 
 
-def test_packed_peers_come_back_as_they_were(tmp_path):
-    made = []
-    for name, size in (("one", 10), ("two", 5000), ("three", 900)):
-        path = tmp_path / "in" / f"{name}-1-py3-none-any.whl"
-        path.parent.mkdir(exist_ok=True)
-        with zipfile.ZipFile(path, "w") as wheel:
-            wheel.writestr(f"{name}/data", bytes(range(256)) * (size // 256 + 1))
-        made.append(path)
-    folders = pack_peers.pack(made, tmp_path / "out", most=2000)
-    assert len(folders) > 2
-    assert all(sum(f.stat().st_size for f in folder.iterdir()) <= 2000 for folder in folders)
-    assert pack_peers.unpack(tmp_path / "out", tmp_path / "back") == sorted(p.name for p in made)
-    for path in made:
-        with zipfile.ZipFile(path) as wheel:
-            for name in wheel.namelist():
-                assert (tmp_path / "back" / name).read_bytes() == wheel.read(name)
-    next((tmp_path / "out").rglob("*slice2*")).unlink()
-    with pytest.raises(ValueError, match=r"two-1-py3-none-any\.whl: .*slice2of3 not there"):
-        pack_peers.unpack(tmp_path / "out", tmp_path / "again")
-    with pytest.raises(ValueError, match="not empty"):
-        pack_peers.pack(made, tmp_path / "out")
+def test_the_environment_of_a_gpu_has_its_name_and_budget(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
+    for device in ("cuda", "cuda:0"):
+        found = report.environment(1, None, device)
+        assert (found["device"], found["max_bytes"]) == ("NVIDIA H100", MAX_BYTES_GPU)
+        assert "NVIDIA H100" in report.heading(found)
+    assert report.environment(1, None)["max_bytes"] == MAX_BYTES["cpu"]
 
 
 def test_pytest_collects_the_grid_and_prints_one_table(tmp_path):

@@ -208,9 +208,11 @@ def scalar_from(policy: Policy, generator: torch.Generator | None = None) -> Sca
     scalar = ScalarModel(model, policy.tokenizer)
     for name, module in model.named_modules():
         if module is scalar.head:
-            fresh = nn.Linear(module.in_features, 1, bias=False, device=policy.weight.device)
+            fresh = nn.Linear(module.in_features, 1, bias=False)  # on the CPU, where the generator draws
             nn.init.normal_(fresh.weight, std=(module.in_features + 1) ** -0.5, generator=generator)
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], fresh)
+            setattr(
+                model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], fresh.to(policy.weight.device)
+            )
             break
     return scalar
 

@@ -40,7 +40,7 @@ class LogpPeer:
     load: Callable[[], LogpOf]
     load_score: Callable[[], ScoreOf] = unable
     compiles: bool = False
-    most_logits: int | None = None  # not run on batches of more logits
+    most_logits: int | None = None  # not run on batches of more logits on a CPU
     gpu: bool = False  # its kernels run on a GPU, or in Triton's interpreter
     leaves_out: tuple[str, ...] = ()  # ops that it enters with something better
 
@@ -77,7 +77,7 @@ def between(start: Any, end: Any) -> float:
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
-def training(batch: Batch, forward: Forward, *, outputs: Callable[[], dict[str, Tensor]] = dict) -> Step:
+def training(batch: Batch, forward: Forward, *, outputs: Callable[[], dict[str, Any]] = dict) -> Step:
     """Forward and backward of a loss of the hidden states and the head.
 
     Args:

@@ -1,4 +1,6 @@
-"""Liger: chunked losses, scaled cross-entropy (CuTe on Hopper, torch elsewhere) and its Triton cross-entropy."""
+"""Liger: chunked losses, scaled cross-entropy (CuTe on Hopper, torch elsewhere), and in Triton cross-entropy and policy
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import BETA, CLIP, KTO_KL, Batch
+from benchmarks.objectives import reinforced
 from benchmarks.peers.base import (
     Build,
     LogpOf,
@@ -64,6 +67,20 @@ def grpo(op: str) -> Build:
         )
 
     return build
+
+
+def policy_gradient(batch: Batch) -> Step:
+    """PPO by score centering that does not centre: the gradient is PPO's, the value is not; see ``reinforced``."""
+    found = module("liger_kernel.ops.fused_linear_score_centering", ("liger_kernel", "liger_kernel.ops"))
+    correction = found.ISCorrection(low=1 - CLIP[0], high=1 + CLIP[1], sign="ppo")
+    head = batch.targets.new_empty(1, len(batch.targets), 0)  # nothing of the sampler's distribution but its token
+    fixed = batch.targets[None], batch.kept[None], batch.advantages[None], batch.old_logp[None], head, head.float()
+    options = {"score_center": False, "correction": correction}
+    return training(
+        batch,
+        lambda hidden, weight: (found.fused_linear_score_centering(hidden[None], weight, *fixed, **options)[0], None),
+        outputs=lambda: {"value": reinforced},
+    )
 
 
 def _paired(op: str, name: str, **options: Any) -> Build:
@@ -127,6 +144,8 @@ def _flce() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 LOGP = (LogpPeer("Liger scaled cross-entropy", logp, score),)
 LOSSES = {
+    "sparse": (Own("Liger score centering", policy_gradient, gpu=True),),
+    "sparse_kept": (Own("Liger score centering", policy_gradient, gpu=True),),
     "grpo": (Own("Liger GRPO loss", grpo("grpo")),),
     "grpo_groups": (Own("Liger GRPO loss", grpo("grpo_groups")),),
     "dpo": (Own("Liger DPO loss", dpo("dpo", False)), Own("Liger DPO loss, compiled", dpo("dpo", True), True)),

@@ -32,28 +32,47 @@ def module(name: str, bare: tuple[str, ...] = (), stubs: dict[str, dict[str, Any
     Args:
         name: dotted.
         bare: packages on the way whose ``__init__`` is not run, if the whole cannot be imported.
-        stubs: modules that take the place of real ones then, by their contents.
+        stubs: modules that take the place of real ones that cannot be imported, by their contents.
 
     Raises:
         ImportError: it is neither installed nor unpacked, or wants something that is not.
     """
     see_folders()
+    if isinstance(sys.modules.get(name), _Stub):
+        raise ImportError(f"{name} cannot be imported; a stub is in its place")
     try:
-        return importlib.import_module(name)
+        found = importlib.import_module(name)
     except Exception as error:  # half-installed peers fail in many ways
         if not bare or importlib.util.find_spec(bare[0]) is None:
             raise ImportError(str(error)) from error
+    else:
+        _stand_in(stubs or {})  # some import when they run
+        return found
     for half in [m for m in sys.modules if m == bare[0] or m.startswith(bare[0] + ".")]:
         del sys.modules[half]
     for package in bare:
         _enter(package)
-    for path, contents in (stubs or {}).items():
-        sys.modules[path] = stub = ModuleType(path)
-        vars(stub).update(contents)
+    _stand_in(stubs or {}, bare)
     try:
         return importlib.import_module(name)
     except Exception as error:
         raise ImportError(f"{type(error).__name__}: {error}") from error
+
+
+class _Stub(ModuleType):
+    """In the place of a module that cannot be imported."""
+
+
+def _stand_in(stubs: dict[str, dict[str, Any]], bare: tuple[str, ...] = ()) -> None:
+    """A package that is a mere folder can be imported, and has none of its contents."""
+    for path, contents in stubs.items():
+        try:
+            if path in bare:
+                raise ImportError(path)
+            importlib.import_module(path)
+        except Exception:
+            sys.modules[path] = stub = _Stub(path)
+            vars(stub).update(contents)
 
 
 def _enter(package: str) -> None:

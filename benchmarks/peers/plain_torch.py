@@ -45,7 +45,10 @@ def kl_of(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor
 @cache
 def compiled(function: Callable) -> Callable:
     import torch._dynamo
+    import torch._inductor.config
 
+    # The kernels have room for so many threads, and what torch keeps of them on disk is not told apart by -1.
+    torch._inductor.config.cpp.threads = torch.get_num_threads()
     # Past its limit torch.compile would quietly run eagerly, and be reported as what it is not.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = 64

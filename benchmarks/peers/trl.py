@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ from benchmarks.peers.loading import module
 from benchmarks.peers.plain_torch import from_logits
 
 BARE = ("trl", "trl.trainer")
-# without a sharded head there is nothing to gather
 STUBS: dict[str, dict[str, Any]] = {
-    "trl.trainer.utils": {"maybe_gather_lm_head_ctx": lambda *_, **__: contextlib.nullcontext()}
+    # without a sharded head there is nothing to gather
+    "trl.trainer.utils": {"maybe_gather_lm_head_ctx": lambda *_, **__: contextlib.nullcontext()},
+    "transformers.utils": {"is_triton_available": lambda *_, **__: importlib.util.find_spec("triton") is not None},
 }
 VOCAB_CHUNK = 32768  # the default of TRL's trainers
 

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 1024, 8  # four rows to a thread: few enough registers for three blocks on a multiprocessor
-PROGRAMS = 512  # at most, so that one vector holds what they hand on
+BLOCK, WARPS = 2048, 8  # eight rows to a thread
+PROGRAMS = 256  # at most, so that one vector holds what they hand on
 FAN = 512  # boundaries looked at in one round of a search
 SUMS = 8  # decay, value; count; and the sums of a, reach, a^2, a * reach, reach^2: A = a + reach * C
 

@@ -136,7 +136,7 @@ def shaped_rewards(
     rewards, kl_of = torch.empty_like(logp), torch.zeros_like(scores)  # of sequences without rows nobody writes
     if N == 0:
         return rewards, kl_of
-    block = block or BLOCK // 2  # three sums to a row take more registers than one
+    block = block or BLOCK // 4  # three sums to a row take more registers than one
     tiles = -(-N // (block * programs))
     P = -(-N // (block * tiles))
     sums = torch.empty(3, P, dtype=torch.float64, device=logp.device)

@@ -160,9 +160,12 @@ class _FusedLoss(torch.autograd.Function):
             grads = _stream(call.bind(hidden, weight, bias), ctx.batch, ctx.wanted)[2]
         scale = upstream / call.loss_scale
         if upstream.is_cuda or float(scale) != 1.0:
+            rescale = getattr(
+                call.backend, "rescale", Tensor.mul_
+            )  # one that does nothing where there is nothing to do
             for g in (grads.hidden, None if call.weight_grad is not None else grads.weight, grads.bias):
                 if g is not None:
-                    g.mul_(scale)
+                    rescale(g, scale)
         return (
             None if grads.hidden is None else grads.hidden.to(hidden.dtype).view(hidden.shape),
             None if call.weight_grad is not None else padded(grads.weight, weight, weight.dtype),

@@ -16,21 +16,23 @@ from torch import Tensor
 from rlhf_kernels.backends.sparse import share
 from rlhf_kernels.backends.triton import entries
 from rlhf_kernels.backends.triton.backward import from_exponentials, from_logits
-from rlhf_kernels.backends.triton.compact import only
-from rlhf_kernels.backends.triton.finish import anchors, finish
+from rlhf_kernels.backends.triton.compact import only, order_of
+from rlhf_kernels.backends.triton.finish import anchors, far_rows, finish
 from rlhf_kernels.backends.triton.gradient import calculus
-from rlhf_kernels.backends.triton.head import fold_head
+from rlhf_kernels.backends.triton.head import RESCUE_PROGRAMS, fold_head
 from rlhf_kernels.backends.triton.operands import Operand, Residual, Rows, describable, rows_of
 from rlhf_kernels.backends.triton.products import product
+from rlhf_kernels.backends.triton.rescale import rescale
 from rlhf_kernels.backends.triton.rows import fold_rows, piece
+from rlhf_kernels.backends.triton.simple import fold_strip, is_simple
 from rlhf_kernels.backends.triton.table import Blocks, Entry, entry
 from rlhf_kernels.backends.triton_gae import gae, whitened_gae
 from rlhf_kernels.backends.triton_rewards import shaped_rewards
 from rlhf_kernels.types import Entries, Grads, Sinks, Tile, TokenStats
 
 __all__ = [
-    "backward", "entries_bytes", "forward", "gae", "multiply", "residual_bytes", "score", "select", "shaped_rewards",
-    "whitened_gae",
+    "backward", "entries_bytes", "forward", "gae", "multiply", "rescale", "residual_bytes", "score", "select",
+    "shaped_rewards", "whitened_gae",
 ]  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then the kernels run on CPU tensors, slowly
@@ -44,12 +46,12 @@ def residual_bytes(tile: Tile) -> int:
         return rows.vocab // 16 + 1024
     here = entry(tile.hidden.device)
     kept = rows.vocab * (2 if rows.keeps_exponentials else 10 if rows.reference else 4)
-    strips = 1 if rows.keeps_exponentials else 0
-    plan = Plan.of(rows, here)
-    first = plan.blocks.BLOCK_V if plan.fused else piece(rows.vocab, here.pieces)
-    tiles = -(-rows.vocab // first) + -(-rows.vocab // plan.rescue.BLOCK_V)
+    plan = Plan.of(rows, here, keeps=True)
+    strips = 1 if rows.keeps_exponentials and not plan.fused else 0
+    tiles = plan.tiles(rows, here) + RESCUE_PROGRAMS
     partials = 4 * (PLANES_WITH_REFERENCE if rows.reference else PLANES) * tiles
-    return kept + strips * 4 * min(here.strip, rows.vocab) + partials + 8 * rows.policy.size + 1024
+    like_hidden = (18 if rows.policy.hidden.element_size() == 4 else 14) * rows.policy.size
+    return kept + strips * 4 * min(here.strip, rows.vocab) + partials + like_hidden + 1024
 
 
 def score(tile: Tile) -> TokenStats:
@@ -74,6 +76,11 @@ def backward(
     tile: Tile, residual: Residual, stats: TokenStats, grads: Grads, rows: Tensor | None, sinks: Sinks
 ) -> None:
     """Gradients into the sinks."""
+    order, into = None, sinks
+    if rows is not None and tile.head.weight is not None:
+        order = order_of(rows, stats.entropy.numel())
+        rows = rows[order]
+        sinks = sinks._replace(hidden=None if into.hidden is None else torch.empty_like(into.hidden))
     if rows is not None:
         tile, stats, grads, residual = only(tile, stats, grads, residual, rows)
     given = rows_of(tile)
@@ -85,6 +92,8 @@ def backward(
         else:
             here = entry(tile.hidden.device)
             from_logits(given, residual.kept, residual.kept_ref, residual.norms, stats, grads, sinks, here)
+    if order is not None and into.hidden is not None and sinks.hidden is not None:
+        into.hidden.index_copy_(0, order, sinks.hidden)
 
 
 def entries_bytes(tile: Tile) -> int:
@@ -130,20 +139,30 @@ class Plan(NamedTuple):
     precision: str  # of products of float32: torch's own setting decides, as it does for torch.mm
 
     @staticmethod
-    def of(rows: Rows, here: Entry) -> Plan:
+    def of(rows: Rows, here: Entry, keeps: bool) -> Plan:
         operands = [o for o in (rows.policy, rows.reference) if o is not None]
         half = rows.policy.hidden.element_size() == 2
         tma = here.tma and half and all(map(describable, operands))
-        fused = rows.policy.weight is not None and max(o.size for o in operands) <= (
-            here.fused_up_to if half else here.fused_full_up_to
-        )
-        rescue = here.plain if half else here.full
+        limit = here.fused_other_up_to if half else here.fused_full_up_to
+        if is_simple(rows):
+            limit = here.fused_up_to if keeps else here.fused_score_up_to
+        fused = rows.policy.weight is not None and max(o.size for o in operands) <= limit
+        rescue = plain = here.plain if half else here.full
+        if rows.reference:  # two products of rows that lie anywhere leave registers for small tiles only
+            rescue = rescue._replace(BLOCK_V=32) if half else rescue._replace(BLOCK_N=32, BLOCK_V=32)
         mine = here.pair if rows.reference else here.half
+        if not keeps and here.score is not None and is_simple(rows):
+            mine = here.score
         capped = any(o.softcap is not None for o in operands)  # a tanh takes registers that large tiles do not have
         large = half and tma == here.tma and not capped
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises once this one was set
         precision = "tf32" if tf32 else here.precise
-        return Plan(fused, tma, mine if large else rescue, rescue, precision)
+        return Plan(fused, tma, mine if large else plain, rescue, precision)
+
+    def tiles(self, rows: Rows, here: Entry) -> int:
+        """Pieces of the vocabulary, each of which leaves its sums."""
+        strips = here.fold.width if is_simple(rows) else piece(rows.vocab, here.pieces)
+        return -(-rows.vocab // (self.blocks.BLOCK_V if self.fused else strips))
 
 
 def _rows_of_logits(rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -175,12 +194,8 @@ def _statistics(
     if ref and anchor_ref is not None:
         anchors(rows, ref, anchor_ref, here.pieces)
 
-    planes, plan, size = (
-        PLANES_WITH_REFERENCE if ref else PLANES,
-        Plan.of(rows, here),
-        piece(rows.vocab, here.pieces),
-    )
-    partials = new(planes, -(-rows.vocab // (plan.blocks.BLOCK_V if plan.fused else size)), N)
+    planes, plan = PLANES_WITH_REFERENCE if ref else PLANES, Plan.of(rows, here, keeps=kept is not None)
+    partials = new(planes, plan.tiles(rows, here), N)
     end = (own, anchor, anchor_ref, flags, tuple(stats), log_s, log_s_ref)
     if plan.fused:
         fold_head(rows, anchor, anchor_ref, None, partials, own, kept, kept_ref, plan.blocks, plan.tma, plan.precision)
@@ -188,15 +203,16 @@ def _statistics(
         fold_rows(rows, 0, policy.hidden, None, anchor, None, None, partials, own, None, None, here.pieces)
     else:
         _fold_strips(rows, anchor, anchor_ref, partials, own, kept, kept_ref, here)
-    finish(rows, partials, *end, rescue=False)
+    finish(rows, partials, *end, rescue=False, simple=is_simple(rows))
 
     # Rows far from their anchor, once more from their largest logit. Who they are only the device knows.
     if policy.weight is None:
         fold_rows(rows, 0, policy.hidden, None, anchor, None, flags, partials, own, None, None, here.pieces)
     else:
-        partials = new(planes, -(-rows.vocab // plan.rescue.BLOCK_V), N)
-        fold_head(rows, anchor, anchor_ref, flags, partials, own, kept, kept_ref, plan.rescue, False, plan.precision)
-    finish(rows, partials, *end, rescue=True)
+        partials = new(planes, min(RESCUE_PROGRAMS, -(-rows.vocab // plan.rescue.BLOCK_V)), N)
+        far = far_rows(flags)
+        fold_head(rows, anchor, anchor_ref, far, partials, own, kept, kept_ref, plan.rescue, False, plan.precision)
+    finish(rows, partials, *end, rescue=True, simple=False)
     return stats, norms
 
 
@@ -205,26 +221,41 @@ def _fold_strips(
     kept_ref: Tensor | None, here: Entry,
 ) -> None:  # fmt: skip
     """The vendor's product a strip at a time. Logits that are kept in float32 are made where they stay."""
-    N, V, width, device = rows.count, rows.vocab, here.strip, rows.targets.device
+    N, V, device = rows.count, rows.vocab, rows.targets.device
+    width = min(V, here.strip if kept is not None else here.score_strip)
 
-    def scratch() -> Tensor:
-        return torch.empty(N * min(width, V), dtype=torch.float32, device=device)
+    def scratch(rows: int) -> Tensor:
+        return torch.empty(rows * width, dtype=torch.float32, device=device)
 
-    direct = kept is not None and kept.dtype == torch.float32
-    memory = None if direct else scratch()
-    memory_ref = None if kept_ref is not None or rows.reference is None else scratch()
-
-    def strip(operand: Operand, first: int, stays: Tensor | None, memory: Tensor | None) -> Tensor:
-        last = min(first + width, V)
+    def strips(operand: Operand) -> tuple[Tensor, ...]:
         assert operand.weight is not None
+        return operand.weight.T.split(width, 1)
+
+    if is_simple(rows):
+        height = min(N, here.strip_rows)
+        memory = scratch(height)
+        parts = rows.policy.hidden.split(height)
+        for first, weight in zip(range(0, V, width), strips(rows.policy), strict=True):
+            last = first + weight.shape[1]
+            for start, hidden in zip(range(0, N, height), parts, strict=True):
+                z = memory[: len(hidden) * (last - first)].view(len(hidden), last - first)
+                product(hidden, weight, out=z)
+                fold_strip(rows, start, start + len(hidden), first, last, z, anchor, partials, own, kept, here.fold)
+        return
+    direct = kept is not None and kept.dtype == torch.float32
+    memory = None if direct else scratch(N)
+    memory_ref = None if kept_ref is not None or rows.reference is None else scratch(N)
+
+    def logits(operand: Operand, weight: Tensor, first: int, stays: Tensor | None, memory: Tensor | None) -> Tensor:
+        last = first + weight.shape[1]
         if memory is None:
             assert stays is not None
-            out = stays[:, first:last]
-        else:
-            out = memory[: N * (last - first)].view(N, last - first)
-        return product(operand.hidden, operand.weight[first:last].T, out=out)
+            return product(operand.hidden, weight, out=stays[:, first:last])
+        return product(operand.hidden, weight, out=memory[: N * (last - first)].view(N, last - first))
 
-    for first in range(0, V, width):
-        z = strip(rows.policy, first, kept, memory)
-        z_ref = strip(rows.reference, first, kept_ref, memory_ref) if rows.reference else None
+    ref = rows.reference
+    theirs = strips(ref) if ref else [None] * len(strips(rows.policy))
+    for first, weight, other in zip(range(0, V, width), strips(rows.policy), theirs, strict=True):
+        z = logits(rows.policy, weight, first, kept, memory)
+        z_ref = None if ref is None or other is None else logits(ref, other, first, kept_ref, memory_ref)
         fold_rows(rows, first, z, z_ref, anchor, anchor_ref, None, partials, own, kept, kept_ref, here.pieces)

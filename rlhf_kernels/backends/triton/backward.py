@@ -29,7 +29,7 @@ def from_exponentials(rows: Rows, e: Tensor, norms: Norms, stats: TokenStats, gr
     weight = rows.policy.weight
     assert weight is not None
     if sinks.hidden is not None:
-        sinks.hidden.copy_(product(e, weight).mul_(factor))
+        torch.mul(product(e, weight), factor, out=sinks.hidden)
     if sinks.weight is not None:
         leave_product(sinks.weight, e.T, (rows.policy.hidden.float() * factor).to(e.dtype), sinks.fresh)
 

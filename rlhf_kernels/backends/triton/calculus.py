@@ -20,6 +20,18 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def exp2(t):
+    """2^t to two ulps; what underflows is zero. Triton's own scales t where the result would be denormal."""
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def log2(x):
+    """log2(x) to 2^-22, absolute near one and relative elsewhere. Triton's own is a polynomial."""
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def tanh(x):
     """From the exponential; near zero, where that has no digits left, from the series."""
     t = tl.exp2(-2.0 * LOG2E * tl.abs(x))
@@ -64,33 +76,56 @@ def weighted(e, x):
 
 
 @triton.jit
-def store_sums(partials, plane, at, in_n, d, in_v):
-    """What a tile adds to its rows: max d, sum d, sum e, sum e d of d = z - a; d is -inf past the vocabulary.
+def sums_of(d, in_v):
+    """What a tile adds to its rows: sum e, sum e d, sum d, max d of d = z - a; d is -inf past the vocabulary.
 
     One register tile at a time: e is made from d where it is needed.
     """
-    tl.store(partials + 3 * plane + at, tl.max(d, 1), mask=in_n)
-    tl.store(partials + 2 * plane + at, tl.sum(tl.where(in_v, d, 0.0), 1), mask=in_n)
+    most = tl.max(d, 1)
+    total = tl.sum(tl.where(in_v, d, 0.0), 1)
     e = exponentials(d)
-    tl.store(partials + at, tl.sum(e, 1), mask=in_n)
-    tl.store(partials + plane + at, tl.sum(weighted(e, d), 1), mask=in_n)
+    return tl.sum(e, 1), tl.sum(weighted(e, d), 1), total, most
 
 
 @triton.jit
-def store_reference_sums(partials, plane, at, in_n, d, d_ref, FORWARD_KL: tl.constexpr):
-    """The reference's sum e and max d, and the sum of (d - d_ref), or (d_ref - d), under the one that is ahead."""
-    tl.store(partials + 4 * plane + at, tl.sum(exponentials(d_ref), 1), mask=in_n)
-    tl.store(partials + 6 * plane + at, tl.max(d_ref, 1), mask=in_n)
+def store_sums(partials, plane, at, in_n, again, s, drop, total, most):
+    """``again``: added to what this program has left there before."""
+    if again:
+        s += tl.load(partials + at, mask=in_n, other=0.0)
+        drop += tl.load(partials + plane + at, mask=in_n, other=0.0)
+        total += tl.load(partials + 2 * plane + at, mask=in_n, other=0.0)
+        most = tl.maximum(most, tl.load(partials + 3 * plane + at, mask=in_n, other=float("-inf")))
+    tl.store(partials + at, s, mask=in_n)
+    tl.store(partials + plane + at, drop, mask=in_n)
+    tl.store(partials + 2 * plane + at, total, mask=in_n)
+    tl.store(partials + 3 * plane + at, most, mask=in_n)
+
+
+@triton.jit
+def reference_sums_of(d, d_ref, FORWARD_KL: tl.constexpr):
+    """The reference's sum e, the sum of (d - d_ref) or (d_ref - d) under the one that is ahead, and max d_ref."""
     gap = weighted(exponentials(d_ref), d_ref - d) if FORWARD_KL else weighted(exponentials(d), d - d_ref)
-    tl.store(partials + 5 * plane + at, tl.sum(gap, 1), mask=in_n)
+    return tl.sum(exponentials(d_ref), 1), tl.sum(gap, 1), tl.max(d_ref, 1)
 
 
 @triton.jit
-def store_own(own, targets, K, d, rows, in_n, first, columns, BLOCK_V: tl.constexpr):
+def store_reference_sums(partials, plane, at, in_n, again, s, gap, most):
+    """As ``store_sums``."""
+    if again:
+        s += tl.load(partials + 4 * plane + at, mask=in_n, other=0.0)
+        gap += tl.load(partials + 5 * plane + at, mask=in_n, other=0.0)
+        most = tl.maximum(most, tl.load(partials + 6 * plane + at, mask=in_n, other=float("-inf")))
+    tl.store(partials + 4 * plane + at, s, mask=in_n)
+    tl.store(partials + 5 * plane + at, gap, mask=in_n)
+    tl.store(partials + 6 * plane + at, most, mask=in_n)
+
+
+@triton.jit
+def store_own(own, targets, K, d, rows, in_n, first, columns, V, BLOCK_V: tl.constexpr):
     """Each target's d as this very product gave it: what is compared with its sums must come from where they do."""
     for k in tl.range(0, K):  # pyright: ignore[reportGeneralTypeIssues]
         target = tl.load(targets + rows * K + k, mask=in_n, other=-1)
-        here = (target >= first) & (target < first + BLOCK_V)
+        here = (target >= first) & (target < first + BLOCK_V) & (target < V)
         if tl.max(here.to(tl.int32), 0) > 0:
-            hit = columns == target[:, None]
+            hit = columns == target.to(tl.int32)[:, None]
             tl.store(own + rows * K + k, tl.sum(tl.where(hit, d, 0.0), 1), mask=in_n & here)

@@ -1,4 +1,8 @@
-"""Some rows of a tile, and of what its forward kept: those move to the front, as there is no room for a second copy."""
+"""Some rows of a tile, and of what its forward kept: those move to the front, as there is no room for a second copy.
+
+Of R rows that stay, those among the first R stay where they are; the others fill the gaps. No row is read and
+overwritten in one launch then, so that all of them move at once. Their order is another one, the same in every run.
+"""
 
 # Triton's types are no Python types.
 # pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportCallIssue=false
@@ -6,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,34 +18,41 @@ from torch import Tensor
 from rlhf_kernels.backends.triton.operands import Residual
 from rlhf_kernels.types import Grads, Tile, TokenStats
 
-ROWS, COLUMNS = 8, 512  # that a program moves at a time
+COLUMNS = 4096  # that a program moves
 
 
-@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["index"])
-def compact_kernel(x, index, R, V, ld, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row index[i] of ``x`` becomes row i. As index ascends, no row is overwritten before it has moved."""
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    for first in tl.range(0, R, ROWS):  # pyright: ignore[reportGeneralTypeIssues]
-        i = first + tl.arange(0, ROWS)[:, None]
-        inside = (i < R) & (columns < V)
-        row = tl.load(index + i, mask=i < R, other=0)
-        found = tl.load(x + row * ld + columns, mask=inside, other=0.0)
-        tl.debug_barrier()  # other threads may still have to read what this one is about to overwrite
-        tl.store(x + i.to(tl.int64) * ld + columns, found, mask=inside)
-        tl.debug_barrier()
+def order_of(rows: Tensor, count: int) -> Tensor:
+    """[R] a permutation of ascending ``rows`` (out of ``count``) that leaves at place i the row i, where it is one."""
+    among = torch.zeros(count, dtype=torch.bool, device=rows.device)
+    among.index_fill_(0, rows, True)
+    stays = among[: rows.numel()]
+    gap = (~stays).cumsum(0)
+    # The last of the rows are those beyond the first R: as many as there are gaps.
+    return torch.where(stays, stays.cumsum(0) - 1, rows.numel() - gap)
 
 
-def _to_the_front(x: Tensor, index: Tensor) -> Tensor:
-    compact_kernel[(triton.cdiv(x.shape[1], COLUMNS),)](
-        x, index, index.numel(), x.shape[1], x.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8
-    )
-    return x[: index.numel()]
+@triton.jit(do_not_specialize_on_alignment=["source"])
+def compact_kernel(x, source, V, ld, COLUMNS: tl.constexpr):
+    """Row source[i] of ``x`` becomes row i."""
+    i = tl.program_id(0).to(tl.int64)
+    row = tl.load(source + i)
+    if row == i:
+        return
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < V
+    tl.store(x + i * ld + columns, tl.load(x + row * ld + columns, mask=inside), mask=inside)
+
+
+def _to_the_front(x: Tensor, source: Tensor) -> Tensor:
+    R, V = source.numel(), x.shape[1]
+    compact_kernel[(R, triton.cdiv(V, COLUMNS))](x, source, V, x.stride(0), COLUMNS=COLUMNS, num_warps=4)
+    return x[:R]
 
 
 def only(
     tile: Tile, stats: TokenStats, grads: Grads, residual: Residual, rows: Tensor
 ) -> tuple[Tile, TokenStats, Grads, Residual]:
-    """The rows ``rows`` [r], ascending. Uses up the residual."""
+    """The rows ``rows`` [r], in the order in which ``order_of`` has put them. Uses up the residual."""
 
     def pick(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[rows]

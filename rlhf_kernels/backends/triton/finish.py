@@ -8,6 +8,7 @@ Legend: N rows, K targets of each, T tiles.
 # pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,7 +22,7 @@ FAR = tl.constexpr(
 )  # nats between a row's largest logit and its anchor beyond which it is folded again: far from overflow, and
 # near enough that the entropy, a difference of two sums of that size, keeps its digits
 ROWS = 16  # that one program finishes
-TILES = 16  # that it reads at a time
+TILES = 32  # that it reads at a time, each of which has an accumulator of its own until the end
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["targets", "temperature"])
@@ -69,9 +70,9 @@ def anchors(rows: Rows, operand: Operand, anchor: Tensor, pieces: Pieces) -> Non
 def finish_kernel(
     partials, own, anchor, anchor_ref, flags, logp, entropy, lse, mean, top1, kl, log_s, log_s_ref,
     N, V, K, T, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, HAS_REF: tl.constexpr, FORWARD_KL: tl.constexpr,
-    RESCUE: tl.constexpr,
+    SIMPLE: tl.constexpr, RESCUE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics; without RESCUE also who needs it, with the anchor that will do."""
+    """Statistics; without RESCUE also who needs it, with the anchor that will do. SIMPLE: d is in units of ln 2."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = rows < N
     if RESCUE:
@@ -79,36 +80,36 @@ def finish_kernel(
         if tl.max(in_n.to(tl.int32), 0) == 0:
             return
     plane = tl.cast(T, tl.int64) * N
-    s = tl.zeros((BLOCK_N,), tl.float64)
-    drop = tl.zeros((BLOCK_N,), tl.float64)
-    total = tl.zeros((BLOCK_N,), tl.float64)
-    most = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    s_ref = tl.zeros((BLOCK_N,), tl.float64)
-    gap = tl.zeros((BLOCK_N,), tl.float64)
-    most_ref = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    s = tl.zeros((BLOCK_T, BLOCK_N), tl.float64)
+    most = tl.full((BLOCK_T, BLOCK_N), float("-inf"), tl.float32)
+    drop, total, s_ref, gap, most_ref = s, s, s, s, most
     for first in tl.range(0, T, BLOCK_T):
         tiles = first + tl.arange(0, BLOCK_T)
         inside = (tiles < T)[:, None] & in_n[None, :]
         at = tiles.to(tl.int64)[:, None] * N + rows[None, :]
-        s += tl.sum(tl.load(partials + at, mask=inside, other=0.0).to(tl.float64), 0)
-        drop += tl.sum(tl.load(partials + plane + at, mask=inside, other=0.0).to(tl.float64), 0)
-        total += tl.sum(tl.load(partials + 2 * plane + at, mask=inside, other=0.0).to(tl.float64), 0)
-        most = tl.maximum(most, tl.max(tl.load(partials + 3 * plane + at, mask=inside, other=float("-inf")), 0))
+        s += tl.load(partials + at, mask=inside, other=0.0).to(tl.float64)
+        drop += tl.load(partials + plane + at, mask=inside, other=0.0).to(tl.float64)
+        total += tl.load(partials + 2 * plane + at, mask=inside, other=0.0).to(tl.float64)
+        most = tl.maximum(most, tl.load(partials + 3 * plane + at, mask=inside, other=float("-inf")))
         if HAS_REF:
-            s_ref += tl.sum(tl.load(partials + 4 * plane + at, mask=inside, other=0.0).to(tl.float64), 0)
-            gap += tl.sum(tl.load(partials + 5 * plane + at, mask=inside, other=0.0).to(tl.float64), 0)
-            far_ref = tl.load(partials + 6 * plane + at, mask=inside, other=float("-inf"))
-            most_ref = tl.maximum(most_ref, tl.max(far_ref, 0))
+            s_ref += tl.load(partials + 4 * plane + at, mask=inside, other=0.0).to(tl.float64)
+            gap += tl.load(partials + 5 * plane + at, mask=inside, other=0.0).to(tl.float64)
+            most_ref = tl.maximum(most_ref, tl.load(partials + 6 * plane + at, mask=inside, other=float("-inf")))
+    s, drop, total, most = tl.sum(s, 0), tl.sum(drop, 0), tl.sum(total, 0), tl.max(most, 0)
+    if HAS_REF:
+        s_ref, gap, most_ref = tl.sum(s_ref, 0), tl.sum(gap, 0), tl.max(most_ref, 0)
+    at_top = tl.load(own + rows * K, mask=in_n, other=0.0) >= most
+    unit = tl.full((), 0.6931471805599453 if SIMPLE else 1.0, tl.float64)
+    drop, total, most = drop * unit, total * unit, (most * unit).to(tl.float32)
     a = tl.load(anchor + rows, mask=in_n, other=0.0)
     log_sum = tl.log(s)
     tl.store(log_s + rows, log_sum.to(tl.float32), mask=in_n)
     tl.store(lse + rows, (log_sum + a).to(tl.float32), mask=in_n)
     tl.store(entropy + rows, _at_least_zero(log_sum - _over(drop, s)).to(tl.float32), mask=in_n)
     tl.store(mean + rows, (_over(total, tl.zeros((BLOCK_N,), tl.float64) + V) + a).to(tl.float32), mask=in_n)
-    at_top = tl.load(own + rows * K, mask=in_n, other=0.0) >= most
     tl.store(top1 + rows, at_top.to(tl.float32), mask=in_n)
     for k in tl.range(0, K):
-        d = tl.load(own + rows * K + k, mask=in_n, other=0.0).to(tl.float64)
+        d = tl.load(own + rows * K + k, mask=in_n, other=0.0).to(tl.float64) * unit
         tl.store(logp + rows * K + k, -_at_least_zero(log_sum - d).to(tl.float32), mask=in_n)
     needs = (most > FAR) | (most < -FAR)
     if HAS_REF:
@@ -126,6 +127,18 @@ def finish_kernel(
         tl.store(flags + rows, needs.to(tl.int8), mask=in_n)
 
 
+@triton.jit(do_not_specialize=["N"])
+def far_kernel(flags, far, N, BLOCK: tl.constexpr):
+    """``far`` [N + 1]: the rows with a flag, ascending, and last how many they are. One program walks over all rows."""
+    count = tl.full((), 0, tl.int32)
+    for first in tl.range(0, N, BLOCK):  # pyright: ignore[reportGeneralTypeIssues]
+        rows = first + tl.arange(0, BLOCK)
+        needs = (tl.load(flags + rows, mask=rows < N, other=0) != 0).to(tl.int32)
+        tl.store(far + count + tl.cumsum(needs, 0) - 1, rows, mask=needs != 0)
+        count += tl.sum(needs, 0)
+    tl.store(far + N, count)
+
+
 @triton.jit
 def _over(x, y):
     """x / y in float64 by Newton's method from float32: the compiler's own division is a call that spills."""
@@ -141,12 +154,22 @@ def _at_least_zero(x):
 
 def finish(
     rows: Rows, partials: Tensor, own: Tensor, anchor: Tensor, anchor_ref: Tensor | None,
-    flags: Tensor, stats: tuple[Tensor | None, ...], log_s: Tensor, log_s_ref: Tensor | None, rescue: bool,
+    flags: Tensor, stats: tuple[Tensor | None, ...], log_s: Tensor, log_s_ref: Tensor | None, *,
+    rescue: bool, simple: bool,
 ) -> None:  # fmt: skip
     """Launch; ``stats`` are logp [N, K], entropy, lse, mean_logit, top1 and kl to fill."""
     finish_kernel[(triton.cdiv(rows.count, ROWS),)](
         partials, own, anchor, anchor_ref, flags, *stats, log_s, log_s_ref,
         rows.count, rows.vocab, rows.targets.shape[1], partials.shape[1],
-        BLOCK_N=ROWS, BLOCK_T=min(TILES, triton.next_power_of_2(partials.shape[1])),
-        HAS_REF=rows.reference is not None, FORWARD_KL=rows.forward_kl, RESCUE=rescue, num_warps=4,
+        BLOCK_N=ROWS, BLOCK_T=min(TILES, max(16, triton.next_power_of_2(partials.shape[1]))),
+        HAS_REF=rows.reference is not None, FORWARD_KL=rows.forward_kl, SIMPLE=simple,
+        RESCUE=rescue, num_warps=4,
     )  # fmt: skip
+
+
+def far_rows(flags: Tensor) -> Tensor:
+    """[N + 1] int32, as ``far_kernel`` leaves it."""
+    N = flags.numel()
+    far = torch.empty(N + 1, dtype=torch.int32, device=flags.device)
+    far_kernel[(1,)](flags, far, N, BLOCK=min(4096, max(128, triton.next_power_of_2(N))), num_warps=8)
+    return far

@@ -16,11 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.backends.triton.calculus import LN2, exponentials, row_scale, to_logits, weighted
+from rlhf_kernels.backends.triton.calculus import LN2, exponentials, log2, row_scale, to_logits, weighted
 from rlhf_kernels.backends.triton.operands import Norms, Rows
 from rlhf_kernels.backends.triton.rows import piece
 from rlhf_kernels.backends.triton.table import Pieces
 from rlhf_kernels.types import Grads, TokenStats
+
+SMALLEST: tl.constexpr = tl.constexpr(2.0**-126)  # what is below is no number for ``log2``
 
 # a user's tensors may begin anywhere; one kernel serves them all
 UNALIGNED = ["targets", "temperature", "entropy", "kl", "g_logp", "g_entropy", "g_lse", "g_mean", "g_kl"]
@@ -39,26 +41,29 @@ def logit_gradients(
     a, norm = tl.load(anchor + row, mask=in_n, other=0.0), tl.load(log_s + row, mask=in_n, other=0.0)
     per_row = row_scale(temperature, per_t, row, in_n, PER_TOKEN)
     x = tl.load(kept + row * ld_kept + columns, mask=inside, other=0.0).to(tl.float32)
+    to_product = scale * per_row  # goes into numbers of a row, of which there are fewer than logits
     if EXP:
-        # an exponential that underflowed has no logarithm, and no weight either
-        log_p = tl.where(x > 0, tl.log2(tl.where(x > 0, x, 1.0)) * LN2 - norm, float("-inf"))
+        d = log2(x) * LN2  # -inf of an exponential that underflowed, which has no weight either
         p = x * exponentials(-norm)
-        z = log_p + norm + a
+        z = d + a
     else:
         z = to_logits(x, bias, columns, in_v, scale, softcap, per_row, HAS_BIAS, HAS_CAP) if RAW else x
-        log_p = (z - a) - norm
-        p = exponentials(log_p)
+        d = z - a
+        p = exponentials(d - norm)
     of_p = tl.zeros_like(norm)
     if HAS_LSE:
         of_p += tl.load(g_lse + row, mask=in_n, other=0.0)
     for k in tl.static_range(K):
         of_p -= tl.load(g_logp + row * K + k, mask=in_n, other=0.0)
-    g = p * of_p
+    of_p *= to_product
     if HAS_ENTROPY:
         h = tl.load(entropy + row, mask=in_n, other=0.0)
-        g -= weighted(p, log_p + h) * tl.load(g_entropy + row, mask=in_n, other=0.0)
+        g_h = tl.load(g_entropy + row, mask=in_n, other=0.0) * to_product
+        g = tl.where(x < SMALLEST if EXP else p == 0.0, 0.0, p * (of_p - g_h * (d + (h - norm))))  # 0 log 0 = 0
+    else:
+        g = p * of_p
     if HAS_MEAN:
-        g += tl.load(g_mean + row, mask=in_n, other=0.0) / V
+        g += tl.load(g_mean + row, mask=in_n, other=0.0) * to_product / V
     if HAS_REF:
         z_ref = tl.load(kept_ref + row * ld_ref + columns, mask=inside, other=0.0)
         a_ref, norm_ref = (
@@ -69,15 +74,16 @@ def logit_gradients(
         if FORWARD_KL:
             by_kl = p - exponentials(log_q)
         else:
-            by_kl = weighted(p, log_p - log_q - tl.load(kl + row, mask=in_n, other=0.0))
-        g += by_kl * tl.load(g_kl + row, mask=in_n, other=0.0)
+            by_kl = weighted(p, (d - norm) - log_q - tl.load(kl + row, mask=in_n, other=0.0))
+        g += by_kl * (tl.load(g_kl + row, mask=in_n, other=0.0) * to_product)
     for k in tl.static_range(K):
-        hit = columns == tl.load(targets + row * K + k, mask=in_n, other=-1)
-        g += tl.where(hit, tl.load(g_logp + row * K + k, mask=in_n, other=0.0), 0.0)
+        target = tl.load(targets + row * K + k, mask=in_n, other=-1)
+        hit = columns == tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
+        g += tl.where(hit, tl.load(g_logp + row * K + k, mask=in_n, other=0.0) * to_product, 0.0)
     if HAS_CAP:
         share = z / (per_row * softcap)  # -inf where an exponential underflowed, which is flat as well
         g *= 1.0 - tl.minimum(share * share, 1.0)
-    return g * (scale * per_row)
+    return g
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=UNALIGNED)
@@ -91,7 +97,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """One piece of a few rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     in_n, in_v = row < N, columns < V
     g = logit_gradients(
         kept, kept_ref, bias, anchor, log_s, anchor_ref, log_s_ref, entropy, kl, targets, temperature,

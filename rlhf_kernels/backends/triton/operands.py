@@ -10,6 +10,8 @@ from torch import Tensor
 from rlhf_kernels.backends.triton.table import Blocks
 from rlhf_kernels.types import Head, Tile
 
+LOWEST_LOGIT = 80.0  # nats below the highest: its exponential is a number still
+
 
 class Operand(NamedTuple):
     """Hidden states and the head that they meet. Without a weight the hidden states are logits."""
@@ -53,8 +55,12 @@ class Rows(NamedTuple):
 
     @property
     def keeps_exponentials(self) -> bool:
-        """Whether bfloat16 exponentials serve the backward. A KL lives on differences of logits, which they lose."""
-        return self.policy.hidden.dtype == torch.bfloat16 and self.reference is None
+        """Whether bfloat16 exponentials serve the backward. A KL lives on differences of logits, which they lose; and
+        a softcap asks for the logit of an exponential, which has none where it underflows.
+        """
+        cap = self.policy.softcap
+        bounded = cap is None or (self.temperature is None and 2 * cap * self.per_t < LOWEST_LOGIT)
+        return self.policy.hidden.dtype == torch.bfloat16 and self.reference is None and bounded
 
 
 Norms = tuple[Tensor, Tensor, Tensor | None, Tensor | None]

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from rlhf_kernels.backends.triton.calculus import (
     exponentials,
+    reference_sums_of,
     row_scale,
     store_own,
     store_reference_sums,
     store_sums,
+    sums_of,
     to_logits,
 )
 from rlhf_kernels.backends.triton.operands import Rows
@@ -60,8 +62,9 @@ def rows_kernel(
     if KEEP and not KEEP_EXP:
         tl.store(kept + to, d, mask=inside)
     d = tl.where(in_v, d - tl.load(anchor + row, mask=in_n, other=0.0)[:, None], float("-inf"))
-    store_sums(partials, plane, at, in_n, d, in_v)
-    store_own(own, targets, K, d, row, in_n, first + piece, columns, BLOCK)
+    s, drop, total, most = sums_of(d, in_v)
+    store_sums(partials, plane, at, in_n, False, s, drop, total, most)
+    store_own(own, targets, K, d, row, in_n, first + piece, columns, V, BLOCK)
     if KEEP_EXP:
         tl.store(kept + to, exponentials(d).to(kept.dtype.element_ty), mask=inside)
     if HAS_REF:
@@ -72,7 +75,8 @@ def rows_kernel(
         if KEEP:
             tl.store(kept_ref + to, d_ref, mask=inside)
         d_ref = tl.where(in_v, d_ref - tl.load(anchor_ref + row, mask=in_n, other=0.0)[:, None], float("-inf"))
-        store_reference_sums(partials, plane, at, in_n, d, d_ref, FORWARD_KL)
+        s, gap, most = reference_sums_of(d, d_ref, FORWARD_KL)
+        store_reference_sums(partials, plane, at, in_n, False, s, gap, most)
 
 
 def fold_rows(

@@ -22,6 +22,7 @@ class Blocks(NamedTuple):
     BLOCK_H: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # registers of a thread at most, so that more programs share a multiprocessor
 
 
 class Pieces(NamedTuple):
@@ -30,6 +31,19 @@ class Pieces(NamedTuple):
     rows: int
     columns: int
     num_warps: int
+
+
+class Fold(NamedTuple):
+    """What one program of the fold over a strip of a simple head takes: ``steps`` times ``columns`` of a few rows."""
+
+    rows: int
+    columns: int
+    steps: int
+    num_warps: int
+
+    @property
+    def width(self) -> int:
+        return self.columns * self.steps
 
 
 class Entry(NamedTuple):
@@ -41,49 +55,57 @@ class Entry(NamedTuple):
     full: Blocks  # float32
     pieces: Pieces
     tma: bool
-    fused_up_to: int  # largest hidden size whose statistics are fused with the product, for halves
-    strip: int  # columns of logits in float32 that exist at a time beyond it, a multiple of the pieces'
+    fused_up_to: int  # largest hidden size of a simple head whose statistics are fused with the product
+    strip: int  # columns of logits in float32 that exist at a time beyond it, a multiple of the pieces' and the fold's
     precise: str  # how Triton multiplies float32 so that float32 comes out
     measured: str | None  # the file of results behind the entry
     fused_full_up_to: int = 0  # as ``fused_up_to``, for float32
+    fused_other_up_to: int = 0  # and for halves that are not simple
+    score: Blocks | None = None  # as ``half``, where nothing is kept and the head is simple; None: as ``half``
+    fused_score_up_to: int = 0  # as ``fused_up_to``, where nothing is kept
+    fold: Fold = Fold(1, 512, 8, 2)
+    score_strip: int = 4096  # as ``strip``, where nothing is kept
+    strip_rows: int = 10**9  # of a strip at a time, where what is kept is not the strip itself
 
     def by(self, way: str) -> Entry:
         """The same, every head going one way: "fused" or "strips"."""
-        limit = {"fused": 10**9, "strips": 0}[way]
-        return self._replace(fused_up_to=limit, fused_full_up_to=limit)
+        limit = {"fused": ANY, "strips": 0}[way]
+        return self._replace(
+            fused_up_to=limit, fused_full_up_to=limit, fused_other_up_to=limit, fused_score_up_to=limit
+        )
 
 
-FULL = Blocks(64, 64, 16, 8, 2)
+ANY = 1 << 20  # hidden size
+FULL, FULL_90 = Blocks(64, 64, 16, 8, 2), Blocks(64, 64, 16, 8, 1)
 PIECES = Pieces(1, 2048, 4)
 PLAIN = Blocks(64, 64, 32, 8, 3)
 FULL_100 = Blocks(64, 32, 16, 4, 2)
 PLAIN_100 = Blocks(64, 64, 32, 4, 2)
 # for the interpreter, where every operation costs the same whatever its size
-SMALL, SMALL_PIECES = Blocks(32, 128, 16, 4, 1), Pieces(32, 128, 4)
+SMALL, SMALL_PIECES, SMALL_FOLD = Blocks(32, 128, 16, 4, 1), Pieces(32, 128, 4), Fold(32, 64, 2, 4)
 
 # Triton 3.6 turns an "ieee" product of float32 into one of tf32 on tensor cores of 10.x, in silence; three of them do.
 BY_CAPABILITY = {
     (8, 0): Entry(
         Blocks(64, 128, 32, 8, 3), Blocks(64, 64, 32, 8, 3), PLAIN, FULL, PIECES, False, 0, 8192, "ieee", None
     ),
+    # Scoring: fused wins at both sizes that were measured. Training: fused wins at 896, neither at 4096.
     (9, 0): Entry(
-        Blocks(128, 128, 64, 8, 3), Blocks(128, 64, 64, 8, 3), PLAIN, FULL, PIECES, True, 1536, 8192, "ieee", None
+        half=Blocks(128, 128, 64, 8, 4), pair=Blocks(128, 64, 64, 8, 3), plain=PLAIN, full=FULL_90, pieces=PIECES,
+        score=Blocks(128, 256, 64, 8, 3), tma=True, precise="ieee", measured="gpu-h200.json",
+        fused_up_to=1536, fused_score_up_to=ANY, fused_other_up_to=1536, strip=8192,
     ),
     (10, 0): Entry(
-        Blocks(128, 64, 64, 8, 4),
-        Blocks(128, 64, 64, 8, 3),
-        PLAIN_100,
-        FULL_100,
-        PIECES,
-        True,
-        1536,
-        8192,
-        "tf32x3",
-        None,
+        half=Blocks(128, 64, 64, 8, 4), pair=Blocks(128, 64, 64, 8, 3), plain=PLAIN_100, full=FULL_100, pieces=PIECES,
+        tma=True, precise="tf32x3", measured=None,
+        fused_up_to=1536, fused_score_up_to=1536, fused_other_up_to=1536, strip=8192,
     ),
-}
+}  # fmt: skip
 CONSERVATIVE = Entry(PLAIN, PLAIN, PLAIN, FULL, PIECES, False, 0, 8192, "ieee", None)
-INTERPRETED = Entry(SMALL, SMALL, SMALL, SMALL, SMALL_PIECES, False, 0, 256, "ieee", None)
+INTERPRETED = Entry(
+    SMALL, SMALL, SMALL, SMALL, SMALL_PIECES, False, 0, 256, "ieee", None,
+    fold=SMALL_FOLD, score_strip=128, strip_rows=24,
+)  # fmt: skip
 
 
 @functools.cache

@@ -99,6 +99,7 @@ class Resources(NamedTuple):
     shared: int
     products: dict[str, int]  # tensor-core instructions
     instructions: int
+    epilogue: int  # instructions after the last product of halves; all of them where there is none
 
 
 def compiled(launch: Launch, chip: str) -> Resources:
@@ -126,7 +127,10 @@ def _resources(built: Any) -> Resources:
     mix = collections.Counter(names)
     products = {name: count for name, count in mix.items() if "MMA" in name}
     spills = mix["STL"] + mix["LDL"]
-    return Resources(int(found[1]), int(found[2]), spills, built.metadata.shared, products, len(names))
+    last = max((i for i, name in enumerate(names) if "MMA" in name), default=-1)
+    return Resources(
+        int(found[1]), int(found[2]), spills, built.metadata.shared, products, len(names), len(names) - 1 - last
+    )
 
 
 def _cuobjdump(*arguments: str) -> str:

@@ -47,7 +47,7 @@ def more_calls() -> Calls:
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_every_launch_fits_the_chip(chip: str, capsys: pytest.CaptureFixture[str]):
+def test_every_launch_fits_the_chip(chip: str, record_property):
     lines, wrong, seen = [], [], set()
     for what, launches in (calls() | (more_calls() if chip == "sm_90" else {})).items():
         for launch in launches:
@@ -60,8 +60,7 @@ def test_every_launch_fits_the_chip(chip: str, capsys: pytest.CaptureFixture[str
             )
             if r.spills or r.stack or r.shared > SHARED[chip]:
                 wrong.append(lines[-1])
-    with capsys.disabled():
-        print(f"\n{'chip':7}{'kernel':22}{'call':27}{'regs':>5}{'spills':>7}{'KiB':>6}{'instr':>7}")
-        print("\n".join(lines))
+    header = f"{'chip':7}{'kernel':22}{'call':27}{'regs':>5}{'spills':>7}{'KiB':>6}{'instr':>7}"
+    record_property("table", "\n".join([header, *lines]))
     assert len(lines) >= 14
     assert not wrong, "\n".join(["spills, or too much shared memory:", *wrong])

@@ -6,6 +6,8 @@ in arithmetic (https://github.com/triton-lang/triton/issues/11584), and cuts flo
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
@@ -74,7 +76,55 @@ def install() -> None:
     InterpreterBuilder.create_fma = create_fma  # one rounding, as hardware does
     if not hasattr(InterpreterBuilder, "get_bf16"):
         InterpreterBuilder.get_bf16 = lambda self, x: cast_impl(self, self.get_fp32(x), tl.bfloat16)
+    InterpreterBuilder.create_inline_asm = create_inline_asm
+    interpreter.ReduceOps.generic_reduce = in_halves
     _index_of_one_element()
+
+
+def _flushed(x: np.ndarray) -> np.ndarray:
+    """Zero where float32 is denormal, as ``.ftz`` has it."""
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x)
+
+
+# Every instruction that kernels write themselves, rounded to float32 and then off by as much as the PTX manual allows:
+# two ulps of 2^t; 2^-22 of log2(x), absolute near one and relative elsewhere. The signs alternate with the bits.
+def _ex2(t: np.ndarray) -> np.ndarray:
+    return _flushed(_off(np.exp2(t.astype(np.float64)), 2.0**-22, t))
+
+
+def _lg2(x: np.ndarray) -> np.ndarray:
+    exact = np.log2(_flushed(x).astype(np.float64))
+    near = (x >= 0.5) & (x <= 2.0)
+    return np.where(near, exact + _signs(x) * 2.0**-22, _off(exact, 2.0**-22, x)).astype(np.float32)
+
+
+def _off(exact: np.ndarray, by: float, given: np.ndarray) -> np.ndarray:
+    return (exact * (1 + by * _signs(given))).astype(np.float32)
+
+
+def _signs(given: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(given).view(np.uint32)
+    return 1.0 - 2.0 * ((bits ^ (bits >> 7)) & 1)
+
+
+INSTRUCTIONS = {"ex2.approx.ftz.f32 $0, $1;": _ex2, "lg2.approx.ftz.f32 $0, $1;": _lg2}
+
+
+def in_halves(self, given):
+    """A reduction as hardware does it, half by half; the interpreter's own goes element by element, for minutes."""
+    found = given
+    while (size := found[0].handle.data.shape[self.axis]) > 1:
+        cut = [np.split(x.handle.data, [size // 2], self.axis) for x in found]
+        left, right = ([self.to_tensor(c[i], x.dtype) for c, x in zip(cut, found, strict=True)] for i in (0, 1))
+        found = self.combine_fn.fn(*left, *right)
+        found = found if isinstance(found, tuple) else (found,)
+    kept = [x.handle.data if self.keep_dims else np.squeeze(x.handle.data, self.axis) for x in found]
+    return [self.to_tensor(data if data.shape else data.item(), x.dtype) for data, x in zip(kept, found, strict=True)]
+
+
+def create_inline_asm(self, asm, constraints, values, types, is_pure, pack):
+    found = TensorHandle(INSTRUCTIONS[asm](values[0].data), tl.float32)
+    return SimpleNamespace(get_result=lambda index: found)
 
 
 def _index_of_one_element() -> None:

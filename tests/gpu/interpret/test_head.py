@@ -174,11 +174,43 @@ def test_plain_gradients_know_temperature_and_scale(each):
         assert_gradient("gradient", got, exact, plain, torch.bfloat16)
 
 
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("each", [False, True], ids=["one temperature", "one per token"])
+@pytest.mark.parametrize("depth", [60.0, 89.0, 95.0])
+def test_a_capped_target_whose_exponential_would_underflow_keeps_its_gradient(depth, each):
+    """Far from the cap it is steep, however improbable the token is."""
+    cap, temperature = 30.0, 0.3
+    low = -cap * torch.tensor(depth * temperature / cap - 0.95).double().atanh()
+    weight = torch.tensor([[cap * 1.8318], [low.item()], [0.0]]).bfloat16()  # tanh(1.8318) = 0.95
+    hidden, targets, found = torch.ones(2, 1, dtype=torch.bfloat16), torch.tensor([1, 1]), []
+    options = {"softcap": cap, "temperature": torch.full((2,), temperature) if each else temperature}
+    for fn, kind, more in (
+        (reference.token_stats, torch.float64, {}),
+        (rk.token_stats, torch.bfloat16, {"backend": "triton"}),
+    ):
+        w = weight.to(kind).requires_grad_()
+        fn(hidden.to(kind), w, targets, **options, **more).logp.sum().backward()
+        found.append(w.grad.double())
+    assert found[0][1].abs() > 0.1
+    assert torch.allclose(found[1], found[0], rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.usefixtures("_way")
+def test_a_later_id_that_is_no_column_has_no_value():
+    """Not that of the column that its low half names, nor of one past the last."""
+    hidden, weight = torch.randn(3, 8).bfloat16(), torch.randn(40, 8).bfloat16()
+    ids = torch.tensor([[1, 2**32 + 5], [2, 40], [3, -7]])
+    logp = rk.token_logps(hidden, weight, ids, backend="triton", checks=False)
+    assert logp[:, 1].isnan().all()
+    assert logp[:, 0].isfinite().all()
+
+
 def test_no_program_has_more_threads_than_columns():
     for pieces in (table.PIECES, table.SMALL_PIECES):
         for vocab in (1, 5, 128, 129, 5000, 151_936):
             assert pieces.columns >= piece(vocab, pieces) >= 32 * pieces.num_warps
-    assert all(e.strip % e.pieces.columns == 0 for e in (*table.BY_CAPABILITY.values(), table.CONSERVATIVE))
+    for e in (*table.BY_CAPABILITY.values(), table.CONSERVATIVE, table.INTERPRETED):
+        assert e.strip % e.pieces.columns == e.strip % e.fold.width == e.score_strip % e.fold.width == 0
 
 
 def test_torch_s_own_setting_decides_how_float32_is_multiplied():
@@ -188,7 +220,7 @@ def test_torch_s_own_setting_decides_how_float32_is_multiplied():
         found = []
         for setting in ("ieee", "tf32"):  # the newer of torch's two ways to say so, after which the older one raises
             torch.backends.cuda.matmul.fp32_precision = setting
-            found.append(backend.Plan.of(rows, table.CONSERVATIVE).precision)
+            found.append(backend.Plan.of(rows, table.CONSERVATIVE, keeps=True).precision)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert found == ["ieee", "tf32"]

@@ -1,6 +1,11 @@
-"""Every GPU kernel once on small, ragged shapes, for compute-sanitizer, which slows a kernel a hundredfold."""
+"""Every GPU kernel once on small, ragged shapes, for compute-sanitizer, which slows a kernel a hundredfold.
+
+python -m benchmarks.gpu.small            # --few: one dtype and one size, for Triton's interpreter
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -9,9 +14,8 @@ from rlhf_kernels.backends import triton as backend
 from rlhf_kernels.backends.triton import table
 
 
-def head(dtype: torch.dtype, size: int, device: str) -> None:
+def head(dtype: torch.dtype, size: int, device: str, n: int, vocab: int) -> None:
     """All statistics and gradients, with all that a head can have."""
-    n, vocab = 70, 517
     rng = torch.Generator(device).manual_seed(0)
 
     def new(*shape: int) -> torch.Tensor:
@@ -42,19 +46,27 @@ def sparse(dtype: torch.dtype, device: str) -> None:
     assert 0 < out.metrics["tolerance/dense"] < 1, "both ways are to run"
 
 
-def main() -> None:
+def main(few: bool = False) -> None:
     device = "cpu" if backend.INTERPRETED else "cuda"
+    if backend.INTERPRETED:
+        from tests.gpu.interpret import shim
+
+        shim.install()
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     listed = table.entry(torch.device(device))
-    for way in ("strips", "fused"):
+    # sizes with and without tensor descriptors; what float16 and float32 share with bfloat16 runs once
+    for way, cases in {
+        "fused": [(bf16, 64)] if few else [(bf16, 64), (bf16, 37)],
+        "strips": [(bf16, 64)] if few else [(bf16, 64), (fp16, 64), (fp32, 37)],
+    }.items():
         here = listed.by(way)
         backend.entry = lambda device, here=here: here
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for size in (64, 37):
-                head(dtype, size, device)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype, size in cases:
+            head(dtype, size, device, *((6, 131) if few else (70, 517)))
+    for dtype in [bf16] if few else [bf16, fp32]:
         sparse(dtype, device)
-    n = 5000
-    cu_seqlens = torch.tensor([0, 1, 1, 700, n], device=device)
+    n = 50 if few else 5000
+    cu_seqlens = torch.tensor([0, 1, 1, n // 7, n], device=device)
     mask = torch.arange(n, device=device) % 7 != 0
     rewards, values = torch.randn(n, device=device) * mask, torch.randn(n, device=device)
     rk.gae(rewards, values, cu_seqlens, mask=mask, bootstrap=torch.randn(4, device=device), whiten=True)
@@ -64,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main("--few" in sys.argv[1:])

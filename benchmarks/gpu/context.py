@@ -1,0 +1,106 @@
+"""What a stage is given: where tensors are made, how much time is left, and where results go."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.record import Record
+
+
+class Skipped(Exception):
+    """Something that is not there to be measured; the message says what."""
+
+
+class OutOfTime(BaseException):
+    """The watchdog's: no ``except Exception`` of a stage may swallow it."""
+
+
+class Broken(BaseException):
+    """The device answers no more: only another process can go on."""
+
+
+def brief(error: BaseException) -> str:
+    """The error's type and the first line of what it says."""
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text.strip()[:300]}"
+
+
+def plain(x: Any) -> Any:
+    """What JSON can hold, with five digits of each number."""
+    if isinstance(x, torch.Tensor):
+        x = x.tolist()
+    if isinstance(x, dict):
+        return {str(key): plain(value) for key, value in x.items()}
+    if isinstance(x, list | tuple | set):
+        return [plain(value) for value in x]
+    if isinstance(x, float):
+        return float(f"{x:.5g}") if math.isfinite(x) else str(x)
+    return x if x is None or isinstance(x, bool | int | str) else str(x)
+
+
+class Context:
+    """One stage's view of the world."""
+
+    def __init__(self, name: str, record: Record, until: float, *, dry: bool) -> None:
+        self.name, self.record, self.until, self.dry = name, record, until, dry
+        self.device = "cuda"  # the name, also where a dry run makes its tensors elsewhere
+        self.place = "cpu" if dry else "cuda"
+        self.backend = "triton"
+
+    @property
+    def out(self) -> Path:
+        """The folder for further files."""
+        return self.record.folder
+
+    def left(self) -> float:
+        """Seconds until the deadline of this stage."""
+        return self.until - time.monotonic()
+
+    def row(self, **cells: Any) -> None:
+        """One result, on the disk at once."""
+        cells = plain(cells)
+        self.record.add(self.name, cells)
+        self.say(" ".join(f"{key}={value}" for key, value in cells.items()))
+
+    def say(self, text: str) -> None:
+        """One line of the log."""
+        self.record.say(f"{self.name}: {text}")
+
+    @contextlib.contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """What fails inside becomes a row, and the next goes on."""
+        try:
+            yield
+        except ImportError as error:
+            self.row(what=what, skipped=brief(error))
+        except Exception as error:
+            if type(error).__name__ == "Skipped":  # that of the adapters of peers, too
+                self.row(what=what, skipped=str(error))
+                return
+            self.row(what=what, failed=brief(error))
+            self.record.say(traceback.format_exc())
+            traceback.clear_frames(error.__traceback__)  # they hold tensors
+            del error
+            self._still_there()
+
+    def _still_there(self) -> None:
+        """After an illegal access every later call of the process fails; after lack of memory none does.
+
+        Raises:
+            Broken: The device does not answer.
+        """
+        gc.collect()
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except Exception as error:
+            raise Broken(brief(error)) from error
