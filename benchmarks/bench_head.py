@@ -68,7 +68,7 @@ def grid(full: bool, device: str = "cpu", slow_halves: bool = False) -> list[Cas
     return [
         Case(op, dtype, shape, nats, contender)
         for shape, nats, ops in heads
-        for dtype in sorted(DTYPES, reverse=not cuda)  # that of the device first, should time run out
+        for dtype in sorted(DTYPES, reverse=not cuda)  # The device's own dtype comes first: time may run out.
         for op in ops
         for contender in contenders(op)
         if full or wanted(dtype, op, contender)

@@ -5,6 +5,7 @@ It measures a GPU where there is one, in three minutes, and a CPU in five: who w
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -17,16 +18,29 @@ import torch
 from benchmarks.place import CHOICES, chosen, wait
 
 MEASURED = pytest.StashKey[dict[tuple[Any, ...], tuple[list[Any], dict[str, Any]]]]()
-DEVICE, UNTIL = pytest.StashKey[str](), pytest.StashKey[float]()
-MINUTES = {"cuda": 3.0, "cpu": 5.0}  # of the small grid
-IN_TIME = 0.9  # the share of the minutes after which nothing begins
-ROUND_SECONDS = 2.0  # for the rounds of one contender, which are two at least
+DEVICE, MOST, UNTIL = pytest.StashKey[str](), pytest.StashKey[float](), pytest.StashKey[float]()
+OVER = "skipped: time is over"
+MINUTES = {"cuda": 3.0, "cpu": 5.0}  # The small grid may take so many.
+IN_TIME = 0.9  # Nothing begins after this share of them.
+ROUND_SECONDS = 2.0  # The rounds of a contender may take so many, and are two at least.
+
+
+def _minutes(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wants a number of minutes above zero")
+    return number
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--grid", choices=("small", "full"), default="small", help="of shapes, entropies and contenders")
     parser.addoption("--device", choices=CHOICES, default="auto", help="what is measured; auto: a GPU if there is one")
-    parser.addoption("--minutes", type=float, help="for everything; 3 on a GPU, 5 on a CPU, no limit for the full grid")
+    parser.addoption(
+        "--minutes", type=_minutes, help="for everything; 3 on a GPU, 5 on a CPU, no limit for the full grid"
+    )
     parser.addoption("--table-out", type=Path, help="where to leave the rows of the table as JSON")
 
 
@@ -40,7 +54,12 @@ def pytest_configure(config: pytest.Config) -> None:
     minutes = config.getoption("minutes")
     if minutes is None:
         minutes = MINUTES[device] if config.getoption("grid") == "small" else float("inf")
-    config.stash[UNTIL] = time.monotonic() + 60 * minutes * IN_TIME
+    config.stash[MOST] = 60 * minutes * IN_TIME
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The clock starts when everything is imported."""
+    session.config.stash[UNTIL] = time.monotonic() + session.config.stash[MOST]
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -89,7 +108,7 @@ def entered(request: pytest.FixtureRequest, benchmark: Any, timed: Any, in_time:
     found: list[tuple[Any, ...]] = []
 
     def measure(contender: Any, batch: Any, judge: Any, about: dict[str, Any], rounds: int = 5) -> dict[str, Any]:
-        row: dict[str, Any] = {"contender": contender.name, "side": contender.side, "verdict": "skipped: time is over"}
+        row: dict[str, Any] = {"contender": contender.name, "side": contender.side, "verdict": OVER}
         step = None
         if in_time():
             row, step = enter(contender, batch, judge, profiled=False)
@@ -117,6 +136,9 @@ def entered(request: pytest.FixtureRequest, benchmark: Any, timed: Any, in_time:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     tables = config.stash[MEASURED]
+    late = sum(row["verdict"] == OVER for found, _ in tables.values() for row in found)
+    if late:
+        terminalreporter.write_line(f"Time was over for {late} of the contenders; --minutes gives more.")
     if not any(times for _, times in tables.values()):
         return
     from benchmarks import report

@@ -11,3 +11,4 @@ STAGES = {
     "sanitize": (100, 20),
     "pytests": (130, 20),
 }
+PARTS = ("wheels", "ext", "triton")  # ``prepare`` makes these folders, and ``--carried`` uses them.

@@ -9,12 +9,13 @@
 
 DIR/gpu.json has every result, the device, the versions and a hash of the kernel sources; DIR/gpu.log what happened. The
 stages run in a process of their own: one that dies or hangs costs the stage it was in. The status is 0 if every stage
-was done and nothing in it was wrong, 1 if not, 2 if nothing could be begun.
+was done and nothing in it was wrong, 1 if not, 2 if nothing could be begun. What a signal ends leaves a whole file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -22,12 +23,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.gpu import STAGES
+from benchmarks.gpu import PARTS, STAGES
 from benchmarks.gpu.record import LOG, NAME, Record, is_bad, table
 
 NAMES = tuple(STAGES)
+PATIENCE = 12.0  # seconds for a process that was told to end, and for the programs that it has begun
 HANGS = 15.0  # seconds past its deadline after which a stage whose process does not hear signals is killed
+
+
+class Interrupted(BaseException):
+    """Somebody has told this run to end; the argument is its exit status."""
 
 
 def stages(text: str) -> list[str]:
@@ -57,6 +64,8 @@ def existing(text: str) -> Path:
 def folder(text: str) -> Path:
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
+    if not any(Path(text, part).is_dir() for part in PARTS):
+        raise argparse.ArgumentTypeError(f"{text!r} has none of {', '.join(PARTS)}: it is not what prepare has made")
     return Path(text).resolve()
 
 
@@ -66,18 +75,24 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     parser.add_argument("--seconds", type=seconds, default=560.0, help="for everything together (560)")
-    parser.add_argument("--stages", type=stages, default=list(NAMES), help="some of them, as in head,gae")
+    parser.add_argument("--stages", type=stages, default=list(NAMES), help=f"some of {','.join(NAMES)}")
     parser.add_argument("--resume", type=existing, metavar="JSON", help="results of an earlier run to go on from")
     parser.add_argument("--carried", type=folder, metavar="DIR", help="what ``prepare`` has made")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, on a CPU, by Triton's interpreter")
-    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of the process that runs the stages
+    parser.add_argument(
+        "--until", type=float, help=argparse.SUPPRESS
+    )  # It is for our own child, which runs the stages.
     args = parser.parse_args(argv)
     if args.until is None:
         if args.out.exists() and not args.out.is_dir():
             parser.error(f"--out: {args.out} is not a folder")
         if (args.out / NAME).exists():
             parser.error(f"--out: {args.out / NAME} is there already; name another folder, and --resume that file")
-        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / LOG).touch()
+        except OSError as error:
+            parser.error(f"--out: {args.out} cannot be written to ({error.strerror})")
     args.out = args.out.resolve()  # stages run programs elsewhere
     return args
 
@@ -94,29 +109,45 @@ def watched(process: subprocess.Popen[bytes], folder: Path, until: float) -> int
                 return process.wait()
 
 
+def told_to_end(process: subprocess.Popen[bytes]) -> None:
+    """It ends the programs that it has begun, which are no children of ours; then nothing of it is left."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(PATIENCE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def supervise(args: argparse.Namespace, given: Sequence[str]) -> int:
     """A process for the stages; after one that died, another for those that are left."""
     until = time.time() + args.seconds
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the other process would live on
+
+    def end(number: int, _: Any) -> None:
+        raise Interrupted(128 + number)
+
+    before = {name: signal.signal(name, end) for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     environment = os.environ | {"TRITON_INTERPRET": str(int(args.dry))}
     command = [sys.executable, "-m", "benchmarks.gpu", *given, "--until", str(until)]
+    interrupted = 0
     for _ in range(len(NAMES) + 1):
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         try:
             code = watched(process, args.out, until)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        except Interrupted as error:
+            interrupted = code = int(error.args[0])
+            told_to_end(process)
         record = Record(args.out)
         if code == 2:
             return 2
         running = [name for name, stage in record.stages.items() if stage["status"] == "running"]
         for name in running:
             record.end(name, "failed", f"its process ended with status {code}")
-        if code == 0 or "about" not in record.content or not set(args.stages) - set(record.stages):
+        if interrupted or code == 0 or "about" not in record.content or not set(args.stages) - set(record.stages):
             break
-    signal.signal(signal.SIGTERM, before)
-    return conclude(Record(args.out), args.stages)
+    for name, handler in before.items():
+        signal.signal(name, handler)
+    return interrupted or conclude(Record(args.out), args.stages)
 
 
 def conclude(record: Record, names: Sequence[str]) -> int:

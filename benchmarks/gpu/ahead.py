@@ -135,7 +135,9 @@ def _zeros(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def world(capability: tuple[int, int]) -> Iterator[None]:
-    """As on the chip: the table's entry of it, the GPU's backend for tensors that are on the CPU, no round twice."""
+    """In the block everything is launched as on the chip, by its entry of the table and by the GPU's backend, though
+    the tensors are on the CPU. Each step runs once.
+    """
     from benchmarks import contenders
     from benchmarks.gpu import clock, fake, peers
     from rlhf_kernels.backends.triton import table

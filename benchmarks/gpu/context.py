@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.record import Record
+from benchmarks.gpu.record import NO_TIME, Record
 
 
 class Skipped(Exception):
@@ -22,6 +22,10 @@ class Skipped(Exception):
 
 class OutOfTime(BaseException):
     """The watchdog's: no ``except Exception`` of a stage may swallow it."""
+
+
+class Told(BaseException):
+    """Somebody has told this process to end: everything on the way out is tidied up, other programs included."""
 
 
 class Broken(BaseException):
@@ -70,6 +74,10 @@ class Context:
         cells = plain(cells)
         self.record.add(self.name, cells)
         self.say(" ".join(f"{key}={value}" for key, value in cells.items()))
+
+    def cut(self, what: str, **cells: Any) -> None:
+        """A row for work that the time did not suffice for; another run may go on from there."""
+        self.row(what=what, **cells, skipped=NO_TIME)
 
     def say(self, text: str) -> None:
         """One line of the log."""

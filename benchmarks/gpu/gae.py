@@ -73,7 +73,7 @@ def ours(ctx: Context, b: Batch, name: str) -> dict[str, Call]:
 
 
 def rl_triton(lengths: list[int], place: str) -> Call:
-    """On as many replies of equal length: neither mask nor bootstrap, returns nor whitening.
+    """Its advantages of as many replies of equal length. It knows no mask and no bootstrap, and makes nothing else.
 
     Raises:
         Skipped: The lengths differ.

@@ -24,17 +24,12 @@ SMALL_BYTES = 750_000_000
 def candidates(listed: Entry) -> dict[str, Entry]:
     """What the table could say instead: of scoring, and of PPO."""
     fused, strips, found = listed.by("fused"), listed.by("strips"), {}
-    for blocks in (Blocks(128, 256, 64, 8, 3), Blocks(128, 256, 64, 8, 4), Blocks(128, 128, 64, 8, 3, 128)):
+    for blocks in (Blocks(128, 256, 64, 8, 3), Blocks(128, 256, 64, 8, 4), Blocks(128, 128, 64, 8, 3)):
         found["score; fused, {} x {} x {}, {} warps, {} stages".format(*blocks)] = fused._replace(score=blocks)
-    for width in (4096, 8192, 16384):
-        found[f"score; strips of {width}"] = strips._replace(score_strip=width)
-    for blocks in (
-        Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 64, 8, 4), Blocks(128, 64, 64, 4, 4), Blocks(64, 128, 64, 4, 4),
-    ):  # fmt: skip
+    for blocks in (Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 64, 8, 4), Blocks(64, 128, 64, 4, 4)):
         found["ppo; fused, {} x {} x {}, {} warps, {} stages".format(*blocks)] = fused._replace(half=blocks)
-    for width, rows in ((4096, 10**9), (8192, 10**9), (16384, 10**9), (8192, 2048)):
-        height = "" if rows == 10**9 else f", {rows} rows at a time"
-        found[f"ppo; strips of {width}{height}"] = strips._replace(strip=width, strip_rows=rows)
+    for width in (4096, 8192, 16384):
+        found[f"score; strips of {width}"] = found[f"ppo; strips of {width}"] = strips._replace(strip=width)
     for fold in (Fold(1, 1024, 2, 4), Fold(1, 2048, 4, 8)):
         found["ppo; fold of {} row, {} columns, {} times, {} warps".format(*fold)] = strips._replace(fold=fold)
     return found
@@ -142,7 +137,7 @@ def tried(ctx: Context, steps: dict[str, clock.Step], note: Callable[[str, clock
     found = {}
     for name, step in steps.items():
         if ctx.left() < 2:
-            ctx.row(what=name, skipped="no time was left")
+            ctx.cut(name)
             continue
         with ctx.attempt(name):
             step()
@@ -218,7 +213,7 @@ def run(ctx: Context) -> None:
     for part in (beside_the_floor, special, other_entries):
         for shape in heads(ctx):
             if ctx.left() < 5:
-                ctx.row(what=part.__name__, shape=named(shape), skipped="no time was left")
+                ctx.cut(part.__name__, shape=named(shape))
                 continue
             with ctx.attempt(f"{part.__name__} at {named(shape)}"):
                 part(ctx, Problem(ctx, shape))

@@ -54,7 +54,7 @@ def run(ctx: Context) -> None:
         for kind in kinds:
             what = f"{kind.name}, {shape}"
             if ctx.left() < LEAST and not ctx.dry:
-                ctx.row(what=what, skipped="no time was left")
+                ctx.cut(what)
                 continue
             with ctx.attempt(what):
                 if drawn is None:

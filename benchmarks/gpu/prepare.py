@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import carried
+from benchmarks.gpu import PARTS, carried
 from benchmarks.gpu.ahead import CHIPS
 from benchmarks.kernel_hash import ROOT
 from benchmarks.peers.loading import FOLDERS
@@ -30,7 +30,6 @@ from benchmarks.peers.loading import FOLDERS
 PEERS = ("liger-kernel-nightly==0.8.5.dev20261027042432", "trl==1.16.0", "verl==0.9.1")
 STAGES = ("gae", "head", "correctness", "peers")  # what launches most of the kernels, the most valuable first
 MOST = 6 * 10**6  # bytes of wheels
-PARTS = ("wheels", "ext", "triton")
 
 
 class Unable(Exception):
@@ -127,7 +126,10 @@ def main(argv: Sequence[str]) -> int:
         if args.only and name not in args.only:
             continue
         folder = args.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"DIR: {folder} cannot be made ({error.strerror})")
         try:
             make(folder, args)
         except Unable as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 NAME, LOG = "gpu.json", "gpu.log"
+NO_TIME = "no time was left"
 LEFT_OUT = ("least", "most", "rounds")  # of the table, which has no room for them
 TURN = {"head": 4, "peers": 3}  # lines of the table at a time; one of the others
 
@@ -41,7 +42,7 @@ class Record:
         self.write()
 
     def end(self, stage: str, status: str, why: str | None = None) -> None:
-        """``status`` is "done", "failed" or "stopped", or "skipped" where no time was left to begin it."""
+        """``status`` is "done", "partly" where time cut some of its work, "failed", "stopped", or "skipped"."""
         here = self.stages.setdefault(stage, {"rows": []})
         if "until" in here:
             here["seconds"] = round(time.time() - here.pop("until") + here["given"], 1)
@@ -61,6 +62,10 @@ class Record:
 
 def is_bad(row: dict[str, Any]) -> bool:
     return "failed" in row or row.get("ok") is False
+
+
+def is_cut(row: dict[str, Any]) -> bool:
+    return row.get("skipped") == NO_TIME or row.get("complete") is False
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import faulthandler
 import gc
 import importlib
-import json
 import platform
 import shutil
 import signal
@@ -23,16 +22,13 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import STAGES, extension, fake
-from benchmarks.gpu.context import Broken, Context, OutOfTime, brief
-from benchmarks.gpu.record import LOG, Record
+from benchmarks.gpu.context import Broken, Context, OutOfTime, Told, brief
+from benchmarks.gpu.record import LOG, NO_TIME, Record, is_cut
+from benchmarks.gpu.resume import Refused, resume
 from benchmarks.kernel_hash import ROOT, hashes
 
 GRACE = 4.0  # seconds past its deadline after which a stage is stopped
 LEAST = 1.0  # seconds without which none is begun
-
-
-class Refused(Exception):
-    """This run cannot go on from that file."""
 
 
 def _output(*command: str) -> str | None:
@@ -66,27 +62,6 @@ def about(dry: bool) -> dict[str, Any]:
         "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
         "python": platform.python_version(), "commit": commit, "entry": _entry("cuda"),
     }  # fmt: skip
-
-
-def resume(record: Record, file: Path, names: Sequence[str], now: dict[str, Any], sources: dict[str, str]) -> None:
-    """Take over the stages that are complete in an earlier file, and those that are not to run now.
-
-    Raises:
-        Refused: It is of other sources or of another device.
-    """
-    try:
-        before = json.loads(file.read_text())
-        stages, then, old = before["stages"], before["about"], before["sources"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(f"--resume {file}: not the file of an earlier run ({brief(error)})") from None
-    changed = sorted(name for name in {*old, *sources} if old.get(name) != sources.get(name))
-    if changed:
-        raise Refused(f"--resume {file}: kernel sources have changed since, {changed[0]} is one of {len(changed)}")
-    for key in ("device", "dry"):
-        if then[key] != now[key]:
-            raise Refused(f"--resume {file}: its {key} is {then[key]!r}, here it is {now[key]!r}")
-    kept = {name: stage for name, stage in stages.items() if stage["status"] == "done" or name not in names}
-    record.stages.update(kept)
 
 
 @contextlib.contextmanager
@@ -137,6 +112,8 @@ def run_stage(name: str, record: Record, seconds: float, dry: bool) -> bool:
             with watchdog(seconds + GRACE):
                 importlib.import_module(f"benchmarks.gpu.{name}").run(ctx)
                 torch.cuda.synchronize()
+            if any(map(is_cut, record.stages[name]["rows"])):
+                status, why = "partly", "its time was over before its work"
         except OutOfTime as error:
             status, why = "stopped", str(error)
             record.say(traceback.format_exc())
@@ -170,7 +147,7 @@ def run(record: Record, names: Sequence[str], until: float, dry: bool) -> bool:
         left = until - time.time()
         seconds = left * STAGES[name][dry] / sum(STAGES[other][dry] for other in to_do[i:])
         if seconds < LEAST:
-            record.end(name, "skipped", "no time was left")
+            record.end(name, "skipped", NO_TIME)
         elif not run_stage(name, record, seconds, dry):
             return False
     return True
@@ -179,9 +156,15 @@ def run(record: Record, names: Sequence[str], until: float, dry: bool) -> bool:
 def work(
     folder: Path, names: Sequence[str], until: float, dry: bool, old: Path | None, carried: Path | None = None
 ) -> int:
-    """What the process does that runs stages. Its exit status is read by ``supervise``."""
+    """What the process does that runs stages. Its exit status is read by ``supervise``, which may tell it to end."""
     record = Record(folder)
-    with contextlib.ExitStack() as stack:
+
+    def told(*_: Any) -> None:
+        raise Told
+
+    before = signal.signal(signal.SIGTERM, told)
+    with contextlib.suppress(Told), contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, before)
         if dry:
             stack.enter_context(fake.faked())
         log = stack.enter_context(open(folder / LOG, "a"))
@@ -207,3 +190,4 @@ def work(
         if not dry:
             extension.start(folder)
         return 0 if run(record, names, until, dry) else 1
+    return 128 + signal.SIGTERM

@@ -72,7 +72,7 @@ def run(ctx: Context) -> None:
     """Rows of each model while there is time: the larger first, then the one that leaves room for everybody."""
     for name, shape in (TINY if ctx.dry else SHAPES).items():
         if ctx.left() < LEAST_SECONDS:
-            ctx.say(f"{name}: no time is left")
+            ctx.cut(name)
             continue
         with ctx.attempt(f"update, {name}"), ExitStack() as padding:
             _model(ctx, name, shape, padding)
@@ -131,7 +131,7 @@ def _policy(ctx: Context, shape: Shape) -> Policy:
     torch.manual_seed(0)
     with torch.device(ctx.place):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
-    return Chosen(model, word_tokenizer(["word"]))
+    return Chosen(model, word_tokenizer([f"word{i}" for i in range(shape.vocab)]))
 
 
 def _size(shape: Shape, dry: bool) -> Size:

@@ -160,9 +160,8 @@ class _FusedLoss(torch.autograd.Function):
             grads = _stream(call.bind(hidden, weight, bias), ctx.batch, ctx.wanted)[2]
         scale = upstream / call.loss_scale
         if upstream.is_cuda or float(scale) != 1.0:
-            rescale = getattr(
-                call.backend, "rescale", Tensor.mul_
-            )  # one that does nothing where there is nothing to do
+            # That of a backend is for a factor that only the device knows: it touches nothing where that is one.
+            rescale = getattr(call.backend, "rescale", Tensor.mul_)
             for g in (grads.hidden, None if call.weight_grad is not None else grads.weight, grads.bias):
                 if g is not None:
                     rescale(g, scale)

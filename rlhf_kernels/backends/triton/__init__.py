@@ -221,41 +221,31 @@ def _fold_strips(
     kept_ref: Tensor | None, here: Entry,
 ) -> None:  # fmt: skip
     """The vendor's product a strip at a time. Logits that are kept in float32 are made where they stay."""
-    N, V, device = rows.count, rows.vocab, rows.targets.device
-    width = min(V, here.strip if kept is not None else here.score_strip)
+    N, V, ref = rows.count, rows.vocab, rows.reference
+    width, simple = min(V, here.strip), is_simple(rows)
 
-    def scratch(rows: int) -> Tensor:
-        return torch.empty(rows * width, dtype=torch.float32, device=device)
+    def scratch() -> Tensor:
+        return torch.empty(N * width, dtype=torch.float32, device=rows.targets.device)
 
     def strips(operand: Operand) -> tuple[Tensor, ...]:
         assert operand.weight is not None
         return operand.weight.T.split(width, 1)
 
-    if is_simple(rows):
-        height = min(N, here.strip_rows)
-        memory = scratch(height)
-        parts = rows.policy.hidden.split(height)
-        for first, weight in zip(range(0, V, width), strips(rows.policy), strict=True):
-            last = first + weight.shape[1]
-            for start, hidden in zip(range(0, N, height), parts, strict=True):
-                z = memory[: len(hidden) * (last - first)].view(len(hidden), last - first)
-                product(hidden, weight, out=z)
-                fold_strip(rows, start, start + len(hidden), first, last, z, anchor, partials, own, kept, here.fold)
-        return
-    direct = kept is not None and kept.dtype == torch.float32
-    memory = None if direct else scratch(N)
-    memory_ref = None if kept_ref is not None or rows.reference is None else scratch(N)
-
     def logits(operand: Operand, weight: Tensor, first: int, stays: Tensor | None, memory: Tensor | None) -> Tensor:
-        last = first + weight.shape[1]
+        columns = weight.shape[1]
         if memory is None:
             assert stays is not None
-            return product(operand.hidden, weight, out=stays[:, first:last])
-        return product(operand.hidden, weight, out=memory[: N * (last - first)].view(N, last - first))
+            return product(operand.hidden, weight, out=stays[:, first : first + columns])
+        return product(operand.hidden, weight, out=memory[: N * columns].view(N, columns))
 
-    ref = rows.reference
+    direct = kept is not None and kept.dtype == torch.float32
+    memory = None if direct else scratch()
+    memory_ref = None if kept_ref is not None or ref is None else scratch()
     theirs = strips(ref) if ref else [None] * len(strips(rows.policy))
     for first, weight, other in zip(range(0, V, width), strips(rows.policy), theirs, strict=True):
         z = logits(rows.policy, weight, first, kept, memory)
         z_ref = None if ref is None or other is None else logits(ref, other, first, kept_ref, memory_ref)
-        fold_rows(rows, first, z, z_ref, anchor, anchor_ref, None, partials, own, kept, kept_ref, here.pieces)
+        if simple:
+            fold_strip(rows, first, z, anchor, partials, own, kept, here.fold)
+        else:
+            fold_rows(rows, first, z, z_ref, anchor, anchor_ref, None, partials, own, kept, kept_ref, here.pieces)

@@ -22,7 +22,9 @@ COLUMNS = 4096  # that a program moves
 
 
 def order_of(rows: Tensor, count: int) -> Tensor:
-    """[R] a permutation of ascending ``rows`` (out of ``count``) that leaves at place i the row i, where it is one."""
+    """[R] the order in which the R ascending ``rows`` of ``count`` are to stand: row i stays at place i if it is one of
+    them and i < R; the others take the places that are left.
+    """
     among = torch.zeros(count, dtype=torch.bool, device=rows.device)
     among.index_fill_(0, rows, True)
     stays = among[: rows.numel()]

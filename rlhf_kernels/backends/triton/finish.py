@@ -17,10 +17,9 @@ from rlhf_kernels.backends.triton.calculus import row_scale, to_logits
 from rlhf_kernels.backends.triton.operands import Operand, Rows
 from rlhf_kernels.backends.triton.table import Pieces
 
-FAR = tl.constexpr(
-    32.0
-)  # nats between a row's largest logit and its anchor beyond which it is folded again: far from overflow, and
-# near enough that the entropy, a difference of two sums of that size, keeps its digits
+# A row is folded again if its largest logit lies so many nats from its anchor: that is far from overflow, and near
+# enough that the entropy, a difference of two sums of that size, keeps its digits.
+FAR = tl.constexpr(32.0)
 ROWS = 16  # that one program finishes
 TILES = 32  # that it reads at a time, each of which has an accumulator of its own until the end
 
@@ -72,7 +71,9 @@ def finish_kernel(
     N, V, K, T, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, HAS_REF: tl.constexpr, FORWARD_KL: tl.constexpr,
     SIMPLE: tl.constexpr, RESCUE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics; without RESCUE also who needs it, with the anchor that will do. SIMPLE: d is in units of ln 2."""
+    """Statistics from the sums of all tiles. RESCUE: only of rows with a flag; else the kernel leaves a flag where a
+    row lies far from its anchor, and its largest logit as the next anchor. SIMPLE: d is in units of ln 2.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = rows < N
     if RESCUE:

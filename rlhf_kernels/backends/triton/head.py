@@ -30,7 +30,9 @@ from rlhf_kernels.backends.triton.simple import LOWEST, is_simple
 from rlhf_kernels.backends.triton.table import Blocks
 
 GROUP_BYTES = 20_000_000  # of hidden states, beside which the L2 has room for what the products read and write
-RESCUE_PROGRAMS = 128  # per block of far rows, each of which returns at once where there is none
+RESCUE_PROGRAMS = (
+    128  # share the vocabulary of each block of far rows; where there is no such block they return at once
+)
 
 
 @triton.jit
@@ -82,10 +84,9 @@ def head_kernel(
     HAS_REF: tl.constexpr, HAS_BIAS_REF: tl.constexpr, HAS_CAP_REF: tl.constexpr, FORWARD_KL: tl.constexpr,
     KEEP: tl.constexpr, KEEP_EXP: tl.constexpr, SIMPLE: tl.constexpr, RESCUE: tl.constexpr,
 ):  # fmt: skip
-    """Each tile's sums, and (KEEP) its exponentials or logits. RESCUE: only the rows of ``far`` (see
-    ``finish.py``), and T sums for all tiles.
+    """Each tile's sums, and (KEEP) its exponentials or logits.
 
-    SIMPLE: the head is what ``simple.py`` calls so.
+    RESCUE: only the rows that ``far`` lists, and T sums for all tiles. SIMPLE: the head is what ``simple.py`` calls so.
     """
     # Blocks of rows run fastest, a group of them at a time whose hidden states fit the L2; each reads the weight once.
     start = tl.program_id(0) // (group * T) * group

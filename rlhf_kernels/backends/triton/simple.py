@@ -1,9 +1,8 @@
 """The fold over a strip of logits of a simple head: bfloat16, without bias, softcap or reference.
 
 Most heads are simple, and of them a program takes many columns of a row, whose sums stay in registers until the last.
-It works in powers of two: t = (z - a) log2(e) costs one multiply-add and 2^t one instruction, which round by less than
-the bfloat16 of the exponentials that are kept, and by no more than the product that made z. Its sums are in those units
-too, and become nats in ``finish.py``.
+It works in powers of two: t = (z - a) log2(e) costs one multiply-add, and 2^t one instruction. They round by less than
+the float32 product that made z. Its sums are in those units too, and become nats in ``finish.py``.
 
 Legend: N rows, V vocabulary, T pieces of columns; partial sums are [planes, T, N], as those of ``head.py``.
 """
@@ -34,19 +33,15 @@ def _merged(s, drop, total, most, s_more, drop_more, total_more, most_more):
     return s + s_more, drop + drop_more, total + total_more, tl.maximum(most, most_more)
 
 
-@triton.jit(
-    do_not_specialize=["stop", "T", "N", "start"],
-    do_not_specialize_on_alignment=["targets", "temperature"],
-)
+@triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=["targets", "temperature"])
 def strip_kernel(
     given, targets, temperature, anchor, partials, own, kept,
-    stop, K, T, N, ld_given, ld_kept, start, first, last, scale, per_t,
+    N, K, T, ld_given, ld_kept, first, last, scale, per_t,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, PER_TOKEN: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Rows start .. stop and columns first .. last, which ``given`` holds: sums, and (KEEP) their exponentials."""
-    within = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row = start + within
-    in_n = row < stop
+    """Columns first .. last of the head, which ``given`` holds: sums, and (KEEP) their exponentials."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_n = row < N
     begin = first + tl.program_id(1) * (BLOCK * STEPS)
     a = tl.load(anchor + row, mask=in_n, other=0.0) * LOG2E
     factor = row_scale(temperature, per_t, row, in_n, PER_TOKEN) * (scale * LOG2E) + tl.zeros_like(a)
@@ -54,7 +49,7 @@ def strip_kernel(
     drop = tl.zeros((ROWS, BLOCK), tl.float32)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     most = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
-    of_row = given + (within * ld_given)[:, None]
+    of_row = given + (row * ld_given)[:, None]
     for step in tl.static_range(STEPS):
         columns = begin + step * BLOCK + tl.arange(0, BLOCK)[None, :]
         in_v = columns < last
@@ -77,22 +72,26 @@ def strip_kernel(
     for k in tl.range(0, K):  # pyright: ignore[reportGeneralTypeIssues]
         target = tl.load(targets + row * K + k, mask=in_n, other=-1)
         here = in_n & (target >= begin) & (target < begin + BLOCK * STEPS) & (target < last)
-        its = tl.load(given + within * ld_given + (target - first), mask=here, other=0.0)
+        its = tl.load(given + row * ld_given + (target - first), mask=here, other=0.0)
         tl.store(own + row * K + k, tl.fma(its, factor, -a), mask=here)
 
 
 def fold_strip(
-    rows: Rows, start: int, stop: int, first: int, last: int, given: Tensor, anchor: Tensor, partials: Tensor,
-    own: Tensor, kept: Tensor | None, fold: Fold,
-) -> None:  # fmt: skip
-    """Launch on float32 logits of rows ``start`` to ``stop`` and columns ``first`` to ``last``, before scale and
-    temperature. All other tensors are of all rows.
-    """
-    t = rows.temperature
-    strip_kernel[(triton.cdiv(stop - start, fold.rows), triton.cdiv(last - first, fold.width))](
+    rows: Rows,
+    first: int,
+    given: Tensor,
+    anchor: Tensor,
+    partials: Tensor,
+    own: Tensor,
+    kept: Tensor | None,
+    fold: Fold,
+) -> None:
+    """Launch on float32 logits of columns ``first`` onwards, before scale and temperature."""
+    columns, t = given.shape[1], rows.temperature
+    strip_kernel[(triton.cdiv(rows.count, fold.rows), triton.cdiv(columns, fold.width))](
         given, rows.targets, t, anchor, partials, own, kept,
-        stop, rows.targets.shape[1], partials.shape[1], partials.shape[2], given.stride(0),
-        0 if kept is None else kept.stride(0), start, first, last, rows.policy.scale, rows.per_t,
+        rows.count, rows.targets.shape[1], partials.shape[1], given.stride(0),
+        0 if kept is None else kept.stride(0), first, first + columns, rows.policy.scale, rows.per_t,
         ROWS=fold.rows, BLOCK=fold.columns, STEPS=fold.steps, PER_TOKEN=t is not None, KEEP=kept is not None,
         num_warps=fold.num_warps,
     )  # fmt: skip

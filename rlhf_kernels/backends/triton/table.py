@@ -22,7 +22,6 @@ class Blocks(NamedTuple):
     BLOCK_H: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None  # registers of a thread at most, so that more programs share a multiprocessor
 
 
 class Pieces(NamedTuple):
@@ -64,8 +63,6 @@ class Entry(NamedTuple):
     score: Blocks | None = None  # as ``half``, where nothing is kept and the head is simple; None: as ``half``
     fused_score_up_to: int = 0  # as ``fused_up_to``, where nothing is kept
     fold: Fold = Fold(1, 512, 8, 2)
-    score_strip: int = 4096  # as ``strip``, where nothing is kept
-    strip_rows: int = 10**9  # of a strip at a time, where what is kept is not the strip itself
 
     def by(self, way: str) -> Entry:
         """The same, every head going one way: "fused" or "strips"."""
@@ -102,10 +99,7 @@ BY_CAPABILITY = {
     ),
 }  # fmt: skip
 CONSERVATIVE = Entry(PLAIN, PLAIN, PLAIN, FULL, PIECES, False, 0, 8192, "ieee", None)
-INTERPRETED = Entry(
-    SMALL, SMALL, SMALL, SMALL, SMALL_PIECES, False, 0, 256, "ieee", None,
-    fold=SMALL_FOLD, score_strip=128, strip_rows=24,
-)  # fmt: skip
+INTERPRETED = Entry(SMALL, SMALL, SMALL, SMALL, SMALL_PIECES, False, 0, 256, "ieee", None, fold=SMALL_FOLD)
 
 
 @functools.cache

@@ -210,7 +210,7 @@ def test_no_program_has_more_threads_than_columns():
         for vocab in (1, 5, 128, 129, 5000, 151_936):
             assert pieces.columns >= piece(vocab, pieces) >= 32 * pieces.num_warps
     for e in (*table.BY_CAPABILITY.values(), table.CONSERVATIVE, table.INTERPRETED):
-        assert e.strip % e.pieces.columns == e.strip % e.fold.width == e.score_strip % e.fold.width == 0
+        assert e.strip % e.pieces.columns == e.strip % e.fold.width == 0
 
 
 def test_torch_s_own_setting_decides_how_float32_is_multiplied():

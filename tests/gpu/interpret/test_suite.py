@@ -7,9 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,7 +22,6 @@ from benchmarks.gpu.record import Record
 from rlhf_kernels.backends.triton import table
 
 ROOT = Path(__file__).parents[3]
-FAR = 3600.0  # seconds: no stage of a test meets a deadline by accident
 
 
 def suite(*words: str) -> subprocess.CompletedProcess[str]:
@@ -53,24 +50,6 @@ def test_every_stage_runs_dry(tmp_path):
     assert len(ours) <= 60
     assert (out / "gpu.log").read_text().splitlines()[-len(ours) :] == ours
     assert all(any(line.startswith(f"{name}: done") for line in ours) for name in gpu.STAGES)
-
-
-@pytest.fixture
-def staged(monkeypatch, tmp_path) -> Callable[..., dict[str, Any]]:
-    """Runs these functions as stages, dry; returns what the JSON holds."""
-
-    def run(seconds: float = FAR, old: Path | None = None, code: int = 0, **stages: Callable[[Context], None]):
-        for name, function in stages.items():
-            module = ModuleType(name)
-            module.run = function  # type: ignore[attr-defined]
-            monkeypatch.setitem(sys.modules, f"benchmarks.gpu.{name}", module)
-        monkeypatch.setattr(runner, "STAGES", dict.fromkeys(stages, (1, 1)))
-        folder = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        assert runner.work(folder, list(stages), time.time() + seconds, True, old) == code
-        return Record(folder).content | {"folder": folder}
-
-    return run
 
 
 def test_a_crash_is_noted_and_the_others_go_on(staged):
@@ -139,31 +118,6 @@ def test_a_broken_device_ends_the_process_and_only_the_stage(staged, monkeypatch
     assert "after" not in found["stages"]  # which another process will run
 
 
-def test_resume_keeps_what_is_done_and_refuses_other_sources(staged, monkeypatch, capsys):
-    def fine(ctx: Context) -> None:
-        ctx.row(what="once", number=1)
-
-    def bad(ctx: Context) -> None:
-        raise ValueError("no")
-
-    old = staged(a=fine, b=bad)["folder"] / "gpu.json"
-    runs = []
-    found = staged(old=old, a=lambda ctx: runs.append("a"), b=lambda ctx: runs.append("b"))
-    assert runs == ["b"]
-    assert found["stages"]["a"]["rows"] == [{"what": "once", "number": 1}]
-    assert found["stages"]["b"]["status"] == "done"
-    monkeypatch.setattr(fake, "NAME", "another GPU")
-    staged(old=old, code=2, a=fine)
-    assert "its device is 'no GPU: a dry run', here it is 'another GPU'" in capsys.readouterr().err
-    changed = json.loads(old.read_text())
-    changed["sources"][next(iter(changed["sources"]))] = "0"
-    old.write_text(json.dumps(changed))
-    staged(old=old, code=2, a=fine)
-    said = capsys.readouterr().err
-    assert "kernel sources have changed since" in said
-    assert len(said.splitlines()) == 1
-
-
 @pytest.mark.parametrize(
     ("capability", "entry"),
     [((9, 0), "that of 9.0"), ((7, 5), "the conservative one"), ((11, 0), "that of 10.0, borrowed")],
@@ -204,6 +158,8 @@ def test_warnings_are_counted_and_fail_nothing(staged):
         (["--out", "x", "--seconds", "nan"], "argument --seconds: got 'nan', wants a number"),
         (["--out", "x", "--resume", "nowhere.json"], "argument --resume: there is no file 'nowhere.json'"),
         (["--out", __file__], "is not a folder"),
+        (["--out", f"{__file__}/sub"], "cannot be written to"),
+        (["--out", "x", "--carried", "."], "it is not what prepare has made"),
         (["--out", "x", "--carried", "nowhere"], "argument --carried: there is no folder 'nowhere'"),
         ([], "the following arguments are required: --out"),
     ],
