@@ -10,7 +10,7 @@ INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraint
 # libgomp spins while it waits; on a busy machine that turns microseconds into milliseconds
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-isa test-sanitize test-fuzz test-all test-peers lint bench docs wheels clean
+.PHONY: demo test test-isa test-sanitize test-fuzz test-all test-real test-peers lint bench docs wheels clean
 
 demo: $(TRAIN)
 	$(VENV)/bin/rlhf-train demo --out runs/demo --overwrite
@@ -47,6 +47,12 @@ test-fuzz: $(TEST)
 # and what takes long
 test-all: test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m slow tests
+
+# a pretrained model under the defaults: every stage, and whether reinforcement learning helps; about 15 minutes
+REAL_MODEL ?= build/smollm2-135m-instruct
+test-real: $(TEST)
+	@test -f $(REAL_MODEL)/config.json || $(PY) -m tests.real.make_model $(REAL_MODEL)
+	REAL_MODEL=$(abspath $(REAL_MODEL)) OMP_NUM_THREADS=1 $(PY) -m pytest -q -m real tests/real
 
 lint: $(TEST)
 	$(VENV)/bin/ruff check .

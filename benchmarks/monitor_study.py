@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.monitor import Alarm, Monitor
-from trainer.monitor_rules import Thresholds
+from trainer.monitor_seen import Thresholds
 from trainer.monitor_signals import Signals, of_log
 from trainer.plots import Line, drawing
 

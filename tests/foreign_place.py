@@ -24,7 +24,7 @@ class Place:
         (path / "pack" / "inner").mkdir(parents=True)
         for name in ("pack/__init__.py", "pack/inner/__init__.py", "pack/inner/deep.py"):
             (path / name).write_text(text)
-        (path / "d.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+        (path / "d.jsonl").write_text('{"prompt": "a", "answer": 1}\n{"prompt": "b", "answer": 2}\n')
 
     def recipe(self, **options: Any) -> str:
         stage = {"data": str(self.path / "d.jsonl"), **SHORT, **options}

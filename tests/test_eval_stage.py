@@ -134,7 +134,7 @@ def test_tasks_count_right_answers(world: EvalConfig, tmp_path: Path) -> None:
     known = sum(right(a, s) for a, s in zip(answers, before, strict=True))
     assert found["base"]["right"].value == pytest.approx(known / 6)
     assert found["policy"]["change"].value == pytest.approx((4 - known) / 6)
-    with pytest.raises(ValueError, match="record 1 has no answer"):
+    with pytest.raises(ValueError, match="line 1 has no answer"):
         read_task(write(tmp_path / "none.jsonl", [{"prompt": "p"}]), policy.tokenizer)
 
 

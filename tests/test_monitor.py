@@ -19,7 +19,7 @@ from tests.trainer_worlds import LETTERS, lines, small_policy, write
 from trainer import ppo, probes, report
 from trainer.log import RunLog
 from trainer.monitor import Monitor, Samples, Thresholds
-from trainer.monitor_rules import thresholds_from
+from trainer.monitor_seen import thresholds_from
 from trainer.monitor_signals import distinct_n, of_log, of_samples, regression
 from trainer.probes import Probes, read_probes, sycophancy
 from trainer.rl_config import check
@@ -102,6 +102,15 @@ def test_a_rising_reward_over_a_falling_gold_score():
         ({"forms": lambda i: 20.0 if i < 5 else 3.0}, None),
         ({"truncated": lambda i: 0.05 * i}, ("truncation", 7, 8)),
         ({"truncated": lambda i: 1.0 if i == 1 else 0.1}, ("truncation", 1, 1)),
+        ({"truncated": lambda i: 0.5 if i == 2 else 0.1, "ignored": lambda i: 0.5 * (i == 2)}, ("truncation", 2, 2)),
+        ({"step_kl": lambda i: 0.2 if i == 3 else 0.01}, ("update", 3, 3)),
+        ({"step_after": lambda i: 0.2 if i == 3 else 0.01}, ("update", 3, 3)),
+        ({"step_kl": 0.09, "step_ratio": 1.2, "step_loss": -90.0, "kl": 0.0, "length": 10.0}, None),
+        ({"step_ratio": lambda i: 0.7 if i == 1 else 1.0}, ("update", 1, 1)),
+        ({"step_loss": lambda i: -200.0 if i == 2 else 0.0}, ("update", 2, 2)),
+        ({"kl": lambda i: 4.0 * (i > 4), "length": 10.0}, None),
+        ({"no_difference": lambda i: float(i > 3), "proxy": 0.0, "proxy_se": 0.0}, ("no_difference", 4, 5)),
+        ({"no_difference": lambda i: float(i % 2), "proxy": 0.0, "proxy_se": 0.0}, None),
         ({"lm_loss": lambda i: 2.0 if i < 6 else 2.2}, ("tax", 6, 6)),
         ({"lm_loss": lambda i: 2.0 if i < 6 else 2.05}, None),
         ({"self_praise": lambda i: 0.02 * i}, ("self_praise", 6, 7)),
@@ -221,7 +230,8 @@ def test_what_an_alarm_does_to_a_run(tmp_path: Path, act: str, updates: int, coe
     assert (cfg.out / "model" / "config.json").exists()
     page = report.write(cfg.out).read_text(encoding="utf-8")
     assert "Alarm in ppo, update 1: truncation" in page
-    assert "Raise max_new_tokens" in page
+    assert "the reward is being ignored: 100% of the responses were cut off by the limit" in page
+    assert "so that nothing of the reward is left. Raise max_new_tokens (responses have 1 tokens" in page
 
 
 def test_thresholds_can_be_named(tmp_path: Path) -> None:

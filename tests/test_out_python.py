@@ -16,6 +16,7 @@ from tests.folder_worlds import THEIRS, commands, put, seen
 from tests.pipeline_worlds import environment  # noqa: F401 (a fixture)
 from tests.trainer_worlds import lines, small_policy
 from trainer import cli, config_file, evaluation, inspect_stage, run_folder, run_mark, sft, split
+from trainer.defaults import decided
 from trainer.log import RunLog
 
 LIKE_OURS = {
@@ -88,7 +89,7 @@ def test_the_mark_says_what_the_command_line_would(here: Path, tmp_path: Path) -
     found = config_file.load(cfg.out / "resolved.yaml")
     assert found.pop("stage") == "sft"
     assert found.pop("threads") >= 1
-    assert found == config_file.resolved(cfg)
+    assert found == config_file.resolved(decided(cfg))
     head = (cfg.out / "resolved.yaml").read_text().splitlines()
     assert head[0].startswith("# begun from Python, rlhf_kernels ")
     assert any(line.startswith("# data: sha256 ") for line in head)
@@ -142,7 +143,7 @@ def test_a_mark_that_was_changed_by_hand_is_written_again(here: Path, tmp_path: 
     with (cfg.out / "resolved.yaml").open("a") as file:
         file.write("lr: 3\n")  # It stands twice now.
     train(cfg)
-    assert config_file.load(cfg.out / "resolved.yaml")["lr"] == cfg.lr
+    assert config_file.load(cfg.out / "resolved.yaml")["lr"] == decided(cfg).lr
     assert os.listdir(cfg.out).count("resolved.yaml") == 1
 
 

@@ -85,7 +85,7 @@ def test_pitfall_20_everything_left_out_is_counted_and_explained(tmp_path: Path)
     assert "line 301: invalid JSON" in all_of_it
     assert "1 with an empty reply" in all_of_it
     assert "line 8" in all_of_it
-    assert "1 of 399 prompts have more than the 8 tokens" in all_of_it
+    assert "1 of 399 prompts have more than the 14 tokens" in all_of_it
     assert "(the longest has 20)" in all_of_it
     assert "1 of 399 responses do not fit into 16 tokens" in all_of_it
 
@@ -111,7 +111,6 @@ def test_pitfall_21_prompt_and_reply_are_joined_as_tokens(template: str, tmp_pat
     reads = tokenizer(template)
     render = render_of(reads)
     assert isinstance(render, ChatTemplate)
-    assert render.prefix_stable() == (template == STABLE)
     path = write(tmp_path / "chat.jsonl", [{"messages": [*MORE, REPLY]}])
     (record,) = data.read(path, "demonstrations", render=render)
     (sample,) = encode_pairs(reads, [record["prompt"]], [record["response"]], 400)

@@ -111,6 +111,7 @@ def collected(
         cfg, policy, small_policy(seed=5), value, lambda rollout, records: scores, prompts, [{}] * 12,
         torch.Generator().manual_seed(0),
     )  # fmt: skip
+    assert batch is not None
     found, more = ppo.PPO(cfg).advantages(batch, beta)
     return found, metrics | more, scores
 
@@ -230,6 +231,7 @@ def test_pitfall_10_temperature_and_soft_cap_are_those_of_the_sampler(tmp_path: 
         [{}] * 3, torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert metrics["rollout/sampler_delta"] < 1e-4
+    assert batch is not None
     packed, mask = batch.packed, batch.packed.mask
     with torch.no_grad():
         z = policy.hidden(packed).double() @ policy.weight.double().T
@@ -275,9 +277,12 @@ def test_pitfall_11_metrics_count_what_was_sampled_and_nothing_else(tmp_path: Pa
         torch.testing.assert_close(found[1][name], x)
 
 
-@pytest.mark.parametrize("cut", [19, 18])
+@pytest.mark.parametrize(("truncation", "cut", "told"), [
+    ("bootstrap", 19, "so that no end is ever rewarded"), ("bootstrap", 18, ""),
+    ("penalise", 10, "the reward is being ignored"), ("penalise", 9, ""),
+])  # fmt: skip
 def test_pitfall_24_responses_that_never_end_are_called_out_at_the_first_update(
-    cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    truncation: str, cut: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """On the screen of a run that is quiet otherwise."""
 
@@ -286,8 +291,9 @@ def test_pitfall_24_responses_that_never_end_are_called_out_at_the_first_update(
         return Rollout(samples, [i < cut for i in range(20)], [[0.0]] * 20)
 
     monkeypatch.setattr("trainer.experience.sample", endless)
-    options: dict[str, Any] = world(tmp_path) | {"batch_size": 20, "steps": 1}
+    options: dict[str, Any] = world(tmp_path) | {"batch_size": 20, "steps": 1, "truncation": truncation}
     ppo.train(ppo.PPOConfig(**options))
     said = capsys.readouterr().err
-    assert said.count("95% of the responses were cut off") == (1 if cut == 19 else 0)
-    assert ("Raise max_new_tokens" in said) == (cut == 19)
+    assert said.count(f"{5 * cut}% of the responses were cut off") == (1 if told else 0)
+    assert told in said
+    assert ("Raise max_new_tokens" in said) == bool(told)

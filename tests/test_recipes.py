@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import shlex
 import tomllib
 from pathlib import Path
@@ -138,11 +140,11 @@ def test_a_split_keeps_prompts_together(tmp_path: Path) -> None:
 
 
 def test_shipped_recipes_are_whole(tmp_path: Path) -> None:
-    """Every option exists, every reference leads somewhere: with files of the right names nothing is refused."""
+    """Every option exists, every reference leads somewhere: with the right files nothing is refused."""
     assert recipe.names() == ["gsm8k", "hh"]
-    pair = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    pair = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c", "answer": "#### 4"}
     for name in ("gsm8k_train", "gsm8k_test", "gsm8k_ranked", "hh_harmless_base"):
-        write(tmp_path / f"{name}.jsonl.gz", [pair])
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(json.dumps(pair).encode()))
     for name, data in {"gsm8k": tmp_path, "hh": tmp_path / "hh_harmless_base.jsonl.gz"}.items():
         assert cli.main(["pipeline", name, "--set", f"data={data}", "--check"]) == 0
     found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]

@@ -215,7 +215,7 @@ def test_an_aspect_stays_in_its_range() -> None:
     assert ranged(options(reward_normalize=True), torch.full((4,), 7.3)).tolist() == [0.0] * 4
     for bad, message in (
         ({"reward_clip": 0.0}, "reward_clip: got 0.0"),
-        ({"overlong_tokens": 65}, "overlong_tokens: got 65, want 0 to max_new_tokens=64"),
+        ({"overlong_tokens": 65, "max_new_tokens": 64}, "overlong_tokens: got 65, want 0 to max_new_tokens=64"),
         ({"ensemble_penalty": -1.0}, "ensemble_penalty: got -1.0"),
     ):
         with pytest.raises(ValueError, match=message):

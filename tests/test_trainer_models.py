@@ -52,7 +52,9 @@ def family(name: str, factor: float = 4) -> Any:
 
 def saved(path: Path, model: Any) -> str:
     model.save_pretrained(path)
-    small_policy().tokenizer.save_pretrained(path)
+    tokenizer = small_policy().tokenizer
+    tokenizer.add_tokens([f"word{i}" for i in range(len(tokenizer), model.config.get_text_config().vocab_size)])
+    tokenizer.save_pretrained(path)
     return str(path)
 
 

@@ -156,7 +156,7 @@ def test_another_recipe_or_other_data_do_not_go_on(
     capsys.readouterr()
     written(tmp_path, few | {"sft": few["sft"] | {"lr": 0.5, "quiet": False}})
     assert cli.main(argv) == 2
-    assert "begun otherwise:\n  sft: lr: 0.001 at the beginning, 0.5 now\nPut back" in capsys.readouterr().err
+    assert "begun otherwise:\n  sft: lr: auto at the beginning, 0.5 now\nPut back" in capsys.readouterr().err
     written(tmp_path, few | {"group": STAGES["group"]})
     assert cli.main(argv) == 2
     assert "stages: split, sft, reward at the beginning, split, sft, reward, group now" in capsys.readouterr().err

@@ -1,40 +1,57 @@
-"""Chat templates: a conversation becomes the text that its model was trained on, and a reply stays tokens of its own.
+"""Chat templates: a conversation becomes the text that its model was trained on, prompt and reply alike.
 
-The stages encode the rendered prompt and the reply apart and join token ids. Nothing is cut out of a rendered
-conversation, so a template that writes the same turn differently once another follows (it drops earlier reasoning,
-say) does no harm: the prompt is what the model will see when it answers, and the reply is what it should say.
+The prompt is what the model will see when it answers. The reply is what the template writes behind it, up to the token
+that ends it, where the rendered conversation begins with the rendered prompt. Some templates write a finished
+conversation differently (they drop the reasoning of its reply, say); then the reply is its own text.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Sequence
-from typing import Any
+from datetime import date as day
+from datetime import datetime, time
+from typing import Any, Literal
 
-from trainer.data_format import Message, Render, render_turns
-from trainer.text import encode
+from trainer.prompt import Message, Prompt, Turns, conversation, render_turns
+from trainer.tokens import added, encode, markers
 
 TINY = "tiny"
+Format = Literal["auto", "chat", "raw"]
 ASKED, SAID = {"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A test."}
+OPENED = re.compile(r"(<[^<>|/\s]+>)(\s*)\Z")  # `<think>` at the end of a prompt
+
+
+class Marked(ValueError):
+    """A text holds a special token."""
 
 
 class ChatTemplate:
-    r"""A tokenizer's chat template, as ``data.read`` takes it.
+    """A tokenizer's chat template, as ``data.read`` takes it.
 
     Args:
         tokenizer: One with a chat template.
+        raw: A prompt that is a text is used as it is, because it was rendered before.
+        date: The day that templates which write a date are to write, as 2026-11-28; None is today.
+
+    Attributes:
+        end: The token that ends a reply, as text.
+        behind: What the template writes behind a reply's text: this token, and whatever stands around it.
 
     Raises:
-        ValueError: The template fails on a plain question, or ends a reply with something else than the tokenizer's
-            end-of-sequence token, which every stage puts there: the model would never learn to stop.
+        ValueError: The template fails on a plain question, loses its text, or ends a reply with something that is no
+            token by itself: the model would never learn to stop.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        # A marker inside of a message would end the turn wherever it stands.
-        self.markers = sorted(set(tokenizer.all_special_tokens))
-        self._check()
+    lead = ""
 
-    def __call__(self, messages: Sequence[Message]) -> str:
+    def __init__(self, tokenizer: Any, *, raw: bool = False, date: str | None = None) -> None:
+        self.tokenizer, self.raw, self.date = tokenizer, raw, date
+        self.markers = markers(tokenizer)
+        self.blank, self.end, self.behind = self._around()
+
+    def __call__(self, messages: Sequence[Message]) -> Prompt:
         """The prompt of the next reply.
 
         Args:
@@ -45,55 +62,182 @@ class ChatTemplate:
         """
         for message in messages:
             self.refuse_markers(message["content"])
+        if messages[-1]["role"] == "assistant":  # A template that wants turns to alternate refuses the reply to that.
+            self._apply([*messages, SAID])
+        return Prompt(self._apply(messages, add_generation_prompt=True), messages, date=self.date)
+
+    def text(self, text: str) -> Prompt:
+        """A prompt that is a text: a user's message, the turns of a transcript, or what it is.
+
+        Raises:
+            ValueError: As for messages.
+        """
+        if self.raw:
+            return Prompt(text, None, text)
+        messages = conversation(text)
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like, mostly jinja2.TemplateError
-            raise ValueError(f"the chat template refuses this conversation: {error}") from None
+            return Prompt(self(messages), messages, text, self.date)
+        except Marked as error:
+            raise ValueError(f"{error}; prompts that are rendered already want prompt_format=raw") from None
+
+    def said(self, text: str) -> str:
+        """A reply as people write it into their data, without the token that ends it.
+
+        Raises:
+            ValueError: It holds another special token.
+        """
+        text = self.without_end(text)
+        if not self.raw:
+            self.refuse_markers(text)
+        return text
+
+    def reply(self, prompt: Prompt, text: str) -> str:
+        """What stands behind the rendered prompt, up to the token that ends the reply, and without it.
+
+        Args:
+            prompt: As this template has rendered it.
+            text: The reply.
+        """
+        assert prompt.messages is not None
+        text, opened = self.without_end(text), OPENED.search(prompt)
+        whole = self._apply([*prompt.messages, {"role": "assistant", "content": text}])
+        if opened and text.lstrip().startswith(opened[1]):  # The prompt has opened the place for the reasoning.
+            text = text.lstrip().removeprefix(opened[1]).removeprefix(opened[2])
+        if not whole.startswith(prompt):
+            return text if text[:1].isspace() else self.blank + text
+        body = whole[len(prompt) :].removesuffix(self.behind)
+        end = self.behind.find(self.end) if self.end else -1
+        kept = body + self.behind[:end] if end >= 0 else body
+        return kept if _holds(body, text) else text
+
+    def without_end(self, text: str) -> str:
+        """A reply without the token that ends it, which people write into their data now and then."""
+        for end in (self.end, self.tokenizer.eos_token):
+            if end and text.rstrip().endswith(end):
+                return text.rstrip().removesuffix(end)
+        return text
 
     def refuse_markers(self, text: str) -> None:
         """Raises ValueError where a text holds a special token."""
         for marker in self.markers:
             if marker in text:
-                raise ValueError(f"a message holds the special token {marker!r}, which would end or open a turn")
+                raise Marked(f"a message holds the special token {marker!r}, which would end or open a turn")
 
-    def prefix_stable(self) -> bool:
-        """Whether a conversation begins, token for token, with the prompt of its last reply.
+    def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        now = datetime.combine(day.fromisoformat(self.date) if self.date else today(), time())
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, strftime_now=now.strftime
+            )
+        except Exception as error:  # templates raise what they like, mostly jinja2.TemplateError
+            raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
-        Training does not need it; code that cuts rendered conversations apart does.
-        """
-        whole = self.tokenizer.apply_chat_template([ASKED, SAID, ASKED, SAID], tokenize=False)
-        prompt = self([ASKED, SAID, ASKED])
-        long, short = encode(self.tokenizer, [whole, prompt])
-        return long[: len(short)] == short
-
-    def _check(self) -> None:
-        prompt = self([ASKED])
-        whole = self.tokenizer.apply_chat_template([ASKED, SAID], tokenize=False)
-        _, found, rest = whole.rpartition(SAID["content"])
+    def _around(self) -> tuple[str, str, str]:
+        """The blank before a reply, the token that ends it, and everything that is written behind its text."""
+        prompt, eos = self._apply([ASKED], add_generation_prompt=True), self.tokenizer.eos_token or ""
+        whole = self._apply([ASKED, SAID])
+        before, found, behind = whole.rpartition(SAID["content"])
         if not prompt or not found:
             raise ValueError("the chat template loses the text of a plain question and its answer")
-        end = encode(self.tokenizer, [rest.lstrip()])[0][:1]
-        if end and end != [self.tokenizer.eos_token_id]:
+        lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        blank = "" if lead.strip() else lead
+        first = encode(self.tokenizer, [behind.lstrip()])[0][:1]
+        if not first:
+            return blank, eos, behind
+        end = added(self.tokenizer).get(first[0])
+        if end is None or (end == self.tokenizer.bos_token and end != eos):
             raise ValueError(
-                f"the chat template ends a reply with {self.tokenizer.decode(end)!r}, the tokenizer's end-of-sequence "
-                f"token is {self.tokenizer.eos_token!r}: set eos_token to the former in tokenizer_config.json"
+                f"the chat template ends a reply with {self.tokenizer.decode(first)!r}, the tokenizer's "
+                f"end-of-sequence token is {eos!r}: set eos_token to the former in tokenizer_config.json, or leave "
+                "the template out with prompt_format=raw"
             )
+        return blank, end, behind
 
 
-def render_of(tokenizer: Any) -> Render:
-    """How a tokenizer's model reads conversations: by its chat template, or in plain turns without one."""
-    return ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else render_turns
+def _holds(body: str, text: str) -> bool:
+    """Whether the letters of a text stand in another one, in their order: nothing of it was dropped."""
+    letters = iter(body)
+    return all(letter in letters for letter in text if not letter.isspace())
 
 
-def render_for(model: str) -> Render:
+@functools.cache
+def today() -> day:
+    """The day on which this process first asked: a run over midnight stays one run."""
+    return day.today()
+
+
+def settle_date(config: Any) -> None:
+    """Gives a new configuration, which is frozen, the day that its chat templates write.
+
+    Raises:
+        ValueError: ``template_date`` is no day.
+    """
+    value = config.template_date or today()  # YAML makes a day of 2026-11-28, or a time.
+    try:
+        value = value.date() if isinstance(value, datetime) else value
+        value = value if isinstance(value, day) else day.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"template_date: got {value!r:.60}, want a day such as 2026-11-28") from None
+    object.__setattr__(config, "template_date", value.isoformat())
+
+
+@functools.lru_cache(maxsize=64)
+def _template(tokenizer: Any, _template: str, raw: bool, date: str | None) -> ChatTemplate:
+    return ChatTemplate(tokenizer, raw=raw, date=date)
+
+
+def render_of(tokenizer: Any, prompt_format: Format = "auto", date: str | None = None) -> ChatTemplate | Turns:
+    """How a tokenizer's model reads conversations: by its chat template, or in plain turns without one.
+
+    Args:
+        tokenizer: Of the model.
+        prompt_format: What a prompt is that is a text: with auto a user's message where there is a template, with chat
+            the same and there must be one, with raw the text itself.
+        date: The day that a template writes, as 2026-11-28; None is today.
+
+    Raises:
+        ValueError: The template would mislead, or there is none and ``prompt_format`` is chat.
+    """
+    raw, plain = prompt_format == "raw", render_turns if date in (None, today().isoformat()) else Turns(date=date)
+    if template := getattr(tokenizer, "chat_template", None):
+        try:
+            return _template(tokenizer, repr(template), raw, date)
+        except ValueError:
+            if not raw:
+                raise
+    if prompt_format == "chat":
+        raise ValueError("prompt_format: got chat, and the model's tokenizer has no chat template; want auto or raw")
+    return Turns(raw=True, date=date) if raw else plain
+
+
+def template_of(tokenizer: Any, date: str | None = None) -> ChatTemplate | None:
+    """A tokenizer's chat template, if it has one that can be used."""
+    render = render_of(tokenizer, "raw", date)
+    return render if isinstance(render, ChatTemplate) else None
+
+
+def render_for(model: str, prompt_format: Format = "auto", date: str | None = None) -> ChatTemplate | Turns:
     """The same by a model's name, before the model itself is loaded.
 
     Args:
         model: A run folder, a local directory, a hub id, or "tiny", which is trained on plain turns.
+        prompt_format: As in ``render_of``.
+        date: As in ``render_of``.
     """
-    if model == TINY:
-        return render_turns
     from trainer.model_files import tokenizer_of
     from trainer.models import resolve
 
-    return render_of(tokenizer_of(resolve(model)))
+    return render_of(None if model == TINY else tokenizer_of(resolve(model)), prompt_format, date)
+
+
+def render_as(cfg: Any, model: str | None = None) -> ChatTemplate | Turns:
+    """The same by the options of a stage, of which ``model`` is another one."""
+    return render_for(model or cfg.model, cfg.prompt_format, cfg.template_date)
+
+
+def rendered(tokenizer: Any, prompt: str) -> str:
+    """A prompt as this tokenizer's model reads it, for whichever model it was rendered before."""
+    if not isinstance(prompt, Prompt) or prompt.messages is None:
+        return prompt
+    template = template_of(tokenizer, prompt.date)
+    return prompt.plain if template is None else template(prompt.messages)

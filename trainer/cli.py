@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer import config_file, console, data_file, log, permission, ranks, report, run_folder
+from trainer import config_file, console, data_file, foreign_options, log, permission, ranks, report, run_folder
 from trainer.address import redacted
 from trainer.cli_help import COMMON, whole
 from trainer.config_file import version
@@ -138,7 +138,8 @@ def _run(name: str, argv: list[str]) -> int:
     importlib.import_module("trainer.aspects").check_sources(config)
     folders = (name, getattr(module, "FOLDERS", ()))
     run_folder.claim(out, overwrite=common.overwrite, reads=[config], own=folders)
-    config_file.write_resolved(out, config, provenance, {"stage": name, "threads": used_threads()})
+    decided = importlib.import_module("trainer.defaults").decided
+    config_file.write_resolved(out, decided(config), provenance, {"stage": name, "threads": used_threads()})
     return _train_alone(name, getattr(module, stage.run), config)
 
 
@@ -234,7 +235,10 @@ def parse(
     import tyro
 
     about = f"{about or STAGES[name].about}\n\n{COMMON}"
-    config_file.check_names(recipe, [f.name for f in dataclasses.fields(config_class)], f"--config {source}")
+    known = [f.name for f in dataclasses.fields(config_class)]
+    foreign_options.refuse(recipe, known, f"--config {source}")
+    known += [f"no_{f.name}" for f in dataclasses.fields(config_class) if isinstance(f.default, bool)]
+    foreign_options.refuse(foreign_options.typed(flags), known, name, f"see {PROG} {name} --help")
     argv = config_file.as_flags(recipe, flags) + flags
     options: dict[str, Any] = {"prog": f"{PROG} {name}", "description": about}
     if (shown := [visible(redacted(arg)) for arg in argv]) == argv:

@@ -49,6 +49,7 @@ def read(
     *,
     render: Render = render_turns,
     note: Callable[[str], None] | None = None,
+    lines: list[int] | None = None,
 ) -> list[Record]:
     r"""Reads a whole file of one kind of record.
 
@@ -61,6 +62,7 @@ def read(
         render: Turns the messages of a conversation into a prompt; the default writes `\n\nHuman:` and
             `\n\nAssistant:` turns. Pass the tokenizer's chat template for a model that was trained with one.
         note: Receives one message about bad and one about unusable lines, if there are any; standard error by default.
+        lines: Receives the number of each record's line.
 
     Returns:
         The records in the order of the file. Prompt and reply are kept character for character: their concatenation
@@ -79,6 +81,8 @@ def read(
     for number, row in rows(path):
         try:
             records.append(_record(row, kind, render))
+            if lines is not None:
+                lines.append(number)
         except ValueError as error:
             bad.add(number, str(error))
         except Unusable as reason:

@@ -53,6 +53,9 @@ def rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     Reads jsonl, plain or gzipped (told apart by content, not by name), and parquet where pyarrow is installed. Blank
     lines, Windows line ends and a UTF-8 byte-order mark are harmless and skipped.
 
+    A field of a line that is null is left out, as if it were not there: where lines of several schemas lie in one
+    parquet file, each has the fields of all of them. Times lose what is less than a microsecond.
+
     Some lines are JSON and yet nothing can be done with them: a name stands twice in an object, a number has more than
     4300 digits, a text holds half a surrogate pair. NaN and Infinity, which Python writes, are read; who wants a number
     refuses them.
@@ -65,9 +68,12 @@ def rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as file:
         head = file.read(64)
     _explain(path, head, named_gzip=path.suffix == ".gz")
-    if head.startswith(PARQUET):
-        return _parquet_rows(path)
-    return _json_rows(path, packed=head.startswith(GZIP))
+    found = _parquet_rows(path) if head.startswith(PARQUET) else _json_rows(path, packed=head.startswith(GZIP))
+    return ((number, _without_nulls(row)) for number, row in found)
+
+
+def _without_nulls(row: Any) -> Any:
+    return {name: x for name, x in row.items() if x is not None} if isinstance(row, dict) else row
 
 
 def _json_rows(path: Path, *, packed: bool) -> Iterator[tuple[int, Any]]:
@@ -148,12 +154,24 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         ) from None
     try:
         with parquet.ParquetFile(path) as file:
-            before = 0
+            before, names = 0, file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path}: {max(names, key=names.count)!r:.60} is the name of two columns, want one")
             for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                yield from enumerate(_batch_rows(path, batch, before), start=before + 1)
+                yield from enumerate(_batch_rows(path, _micro(pyarrow, batch), before), start=before + 1)
                 before += batch.num_rows
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is a damaged parquet file ({error}); fetch it again") from None
+
+
+def _micro(pa: Any, batch: Any) -> Any:
+    """The same with times in microseconds; Python has no nanoseconds, which pandas writes."""
+    for i, field in enumerate(batch.schema):
+        if getattr(field.type, "unit", None) == "ns":
+            zoned = pa.types.is_timestamp(field.type)
+            kind = pa.timestamp("us", field.type.tz) if zoned else getattr(pa, str(field.type).partition("[")[0])("us")
+            batch = batch.set_column(i, field.name, batch.column(i).cast(kind, safe=False))
+    return batch
 
 
 def _batch_rows(path: Path, batch: Any, before: int) -> Iterator[Any]:

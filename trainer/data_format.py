@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from os.path import commonprefix
 from typing import Any
 
+from trainer.prompt import ASSISTANT, Message, Prompt, Render, render_turns
+
 Record = dict[str, Any]
-Message = Mapping[str, Any]
-Render = Callable[[Sequence[Message]], str]
 
 PROMPT_FIELDS = ("prompt", "question", "instruction")
 RESPONSE_FIELDS = ("response", "completion", "output", "answer")
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 MOST = sys.float_info.max
 SHOWN, LONGEST = 12, 60  # names that a message quotes, and letters of each
@@ -25,22 +24,6 @@ TIED = "the same rank for every reply (there is no preference to learn)"
 
 class Unusable(Exception):
     """A well-formed row that has nothing to teach; its text is one of EMPTY, IDENTICAL, TIED."""
-
-
-def render_turns(messages: Sequence[Message]) -> str:
-    r"""Writes a conversation as plain turns and opens the assistant's next one.
-
-    Args:
-        messages: Dictionaries with `role` (system, user or assistant) and `content`.
-
-    Returns:
-        The prompt; a reply to it starts with a space.
-
-    >>> render_turns([{"role": "user", "content": "Hello?"}])
-    '\n\nHuman: Hello?\n\nAssistant:'
-    """
-    label = {"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} ", "system": ""}
-    return "".join(label[m["role"]] + m["content"] for m in messages) + ASSISTANT
 
 
 def demonstration(row: Record, render: Render = render_turns) -> Record:
@@ -59,10 +42,11 @@ def demonstration(row: Record, render: Render = render_turns) -> Record:
     elif "chosen" in row:
         prompt, response = _side(row, "chosen", render)
     elif "text" in row and not _first(row, PROMPT_FIELDS):
-        prompt, response = _split_transcript(_text(row, "text"), "text")
+        prompt, response = _split_transcript(_text(row, "text"), "text", render)
     else:
         prompt = _prompt(row, render)
         response = _reply(row, _need(row, RESPONSE_FIELDS, "response"), render)
+    response = _own(response, render)
     if not response.strip():
         raise Unusable(EMPTY)
     return {"prompt": prompt, "response": response}
@@ -100,9 +84,10 @@ def ranking(row: Record, render: Render = render_turns) -> Record:
         prompt, responses, ranks = _prompt(row, render), _responses(row), _ranks(row)
         if len(responses) != len(ranks):
             raise ValueError(f"{len(responses)} responses but {len(ranks)} ranks")
-        return {"prompt": prompt, "responses": responses, "ranks": ranks}
-    prompt, *responses = _pair(row, render)
-    return {"prompt": prompt, "responses": responses, "ranks": [0, 1]}
+    else:
+        prompt, *responses = _pair(row, render)
+        ranks = [0, 1]
+    return {"prompt": prompt, "responses": [_own(r, render) for r in responses], "ranks": ranks}
 
 
 def labelled(row: Record, render: Render = render_turns) -> Record:
@@ -144,13 +129,15 @@ def prompt_only(row: Record, render: Render = render_turns) -> Record:
     Raises:
         ValueError: There is no prompt, or it is not text.
     """
-    if field := _first(row, PROMPT_FIELDS):
-        prompt, used = _prompt(row, render), {field, "input"} if field == "instruction" else {field}
-    elif "messages" in row:
+    field = _first(row, PROMPT_FIELDS)
+    if "messages" in row:
         messages = _messages(row["messages"], "messages")
-        prompt, used = render(messages[:-1] if messages[-1]["role"] == "assistant" else messages), {"messages"}
-    elif "chosen" in row:
-        prompt, used = _pair(row, render)[0], {"chosen", "rejected"}
+        prompt = render(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
+        used = {"messages", field}
+    elif "chosen" in row and (field is None or _is_conversation(row["chosen"])):
+        prompt, used = _pair(row, render)[0], {field} if field else {"chosen", "rejected"}
+    elif field:
+        prompt, used = _prompt(row, render), {field, "input"} if field == "instruction" else {field}
     else:
         raise ValueError(f"no prompt: want one of {', '.join(PROMPT_FIELDS)}, messages; found {_found(row)}")
     return {"prompt": prompt, "extra": {k: v for k, v in row.items() if k not in used}}
@@ -176,33 +163,45 @@ def _pair(row: Record, render: Render) -> tuple[str, str, str]:
         return prompt, chosen, rejected
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     common = commonprefix([chosen, rejected])  # noqa: RUF071 (characters, not path components, are meant)
-    prompt, _ = _split_transcript(common, "the common part of chosen and rejected")
-    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+    prompt, rest = _split_transcript(common, "the common part of chosen and rejected", render)
+    cut = len(common) - len(rest)
+    return prompt, chosen[cut:], rejected[cut:]
 
 
 def _side(row: Record, field: str, render: Render) -> tuple[str, str]:
     """One side of a pair as (prompt, reply), whether the side holds the reply alone or everything before it too."""
     value = row[field]
-    if isinstance(value, list) and _messages(value, field)[0]["role"] != "assistant":
+    if _is_conversation(value):
         return _split_messages(value, field, render)
     if isinstance(value, list) or _first(row, PROMPT_FIELDS):
         return _prompt(row, render), _reply(row, field, render)
-    return _split_transcript(_text(row, field), field)
+    return _split_transcript(_text(row, field), field, render)
 
 
-def _split_transcript(text: str, field: str) -> tuple[str, str]:
+def _is_conversation(value: Any) -> bool:
+    """Whether it is a list of messages that begins before the reply; such a list goes before a prompt beside it."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and first.get("role") != "assistant"
+
+
+def _split_transcript(text: str, field: str, render: Render) -> tuple[str, str]:
     r"""Cuts behind the last `\n\nAssistant:`, so that prompt + reply is the transcript, character for character."""
     cut = text.rfind(ASSISTANT)
     if cut < 0:
         raise ValueError(f"no prompt field, and {field} holds no {ASSISTANT!r} turn to split at")
-    return text[: cut + len(ASSISTANT)], text[cut + len(ASSISTANT) :]
+    return _of_text(text[: cut + len(ASSISTANT)], render), text[cut + len(ASSISTANT) :]
+
+
+def _of_text(text: str, render: Render) -> str:
+    """A prompt that is a text; what reads conversations in its own way reads this one so, too."""
+    return getattr(render, "text", Prompt)(text)
 
 
 def _split_messages(value: Any, field: str, render: Render) -> tuple[str, str]:
     messages = _messages(value, field)
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise ValueError(f"{field} must end with an assistant's reply to something")
-    return render(messages[:-1]), _lead(render) + messages[-1]["content"]
+    return render(messages[:-1]), _said(messages[-1]["content"], render)
 
 
 def _messages(value: Any, field: str) -> list[Message]:
@@ -213,7 +212,8 @@ def _messages(value: Any, field: str) -> list[Message]:
             raise ValueError(f"{field}: every message needs a role (system, user or assistant) and content")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"{field}: content must be text, got {_kind(message.get('content'))}")
-    return value
+    # Columnar files write null where a message lacks what another has, and templates would find it there.
+    return [{key: x for key, x in message.items() if x is not None} for message in value]
 
 
 def _prompt(row: Record, render: Render) -> str:
@@ -225,7 +225,7 @@ def _prompt(row: Record, render: Render) -> str:
         prompt += "\n\n" + _text(row, "input")
     if not prompt.strip():
         raise ValueError(f"{field} is empty")
-    return prompt
+    return _of_text(prompt, render)
 
 
 def _reply(row: Record, field: str, render: Render) -> str:
@@ -234,12 +234,17 @@ def _reply(row: Record, field: str, render: Render) -> str:
     messages = _messages(row[field], field)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise ValueError(f"{field} must be one assistant message")
-    return _lead(render) + messages[0]["content"]
+    return _said(messages[0]["content"], render)
 
 
-def _lead(render: Render) -> str:
+def _own(reply: str, render: Render) -> str:
+    """A reply without the token that a template ends it with; a template refuses any other."""
+    return getattr(render, "said", str)(reply)
+
+
+def _said(content: str, render: Render) -> str:
     """Our own turns leave the space before the reply to the reply, as transcripts do; templates bring their own."""
-    return " " if render is render_turns else ""
+    return getattr(render, "lead", "") + content
 
 
 def _responses(row: Record) -> list[str]:

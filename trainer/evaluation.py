@@ -9,14 +9,16 @@ from typing import Any, Literal
 
 import torch
 
-from trainer import data
 from trainer.address import redacted
-from trainer.chat import render_for
+from trainer.chat import Format, render_as, render_of, settle_date
+from trainer.defaults import AUTO, Auto, decided, told
 from trainer.evaluate import Estimate, mean, proportion, ratio_change
 from trainer.evaluation_judge import Judge, Responses, judge_from
 from trainer.log import RunLog
 from trainer.models import Policy, load_policy
 from trainer.paths import settle
+from trainer.prompt import asked
+from trainer.reward_fields import read_prompts
 from trainer.rewards import responses_of
 from trainer.rollout import sample
 from trainer.run_mark import opened
@@ -52,14 +54,20 @@ class EvalConfig:
     """How many of the prompts are used, from the top of the file."""
     questions: int = 512
     """How many questions of each task."""
-    max_new_tokens: int = 128
-    """Longest response."""
+    max_new_tokens: Auto[int] = AUTO
+    """Longest response; "auto" depends on the model."""
     temperature: float = 1.0
     """Of the responses that are compared; tasks are answered with the likeliest tokens."""
     max_length: int = 1024
     """Longest sequence; longer prompts are cut on the left."""
     max_tokens: int = 8192
     """Tokens per forward pass."""
+    prompt_format: Format = "auto"
+    """How to read a prompt that is plain text. auto: as one message of the user if the model has a chat template, else
+    as it stands. chat: as a message of the user, and a model without a template is refused. raw: as it stands, for
+    prompts that already hold a template's markup."""
+    template_date: str | None = None
+    """Date that the chat template puts into a prompt (YYYY-MM-DD), where it puts one; by default today."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto is the GPU if there is one."""
     quiet: bool = False
@@ -67,6 +75,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         settle(self)
+        settle_date(self)
 
 
 def run(cfg: EvalConfig, log: RunLog | None = None) -> dict[str, Any]:
@@ -79,22 +88,31 @@ def run(cfg: EvalConfig, log: RunLog | None = None) -> dict[str, Any]:
     Raises:
         ValueError: The configuration asks for nothing, or names what does not exist.
     """
+    line, cfg = told(cfg), decided(cfg)
     check(cfg)
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-    log = log or opened(cfg, "eval")
+    if log is None:
+        log = opened(cfg, "eval")
+        if line:
+            log.note(line)
     named = {"base": cfg.base, "policy": cfg.model} if cfg.base else {"policy": cfg.model}
+    records: list[dict[str, Any]] = []
+    if cfg.data is not None and cfg.judge is not None:
+        judges = [("judge", cfg.judge)]
+        render = render_as(cfg, cfg.base)
+        records = read_prompts(cfg.data, judges, render=render, note=log.note, most=cfg.prompts)
     policies = {name: load_policy(path).to(device) for name, path in named.items()}
     results: dict[str, Any] = {}
     verdicts: list[dict[str, Any]] = []
-    if cfg.data is not None:
-        section, verdict = _responses(cfg, policies, device, log)
+    tasks = [read_task(path, render_as(cfg)) for path in cfg.tasks]
+    if cfg.judge is not None:
+        section, verdict = _responses(cfg, policies, records, device, log)
         results["responses"] = section
         verdicts += verdict
     if cfg.lm_data is not None:
         results["language_model"], verdict = _language_model(cfg, policies)
         verdicts += verdict
-    for path in cfg.tasks:
-        task = read_task(path, policies["policy"].tokenizer)
+    for task in tasks:
         results[f"task {task.name}"] = _task(cfg, policies, task)
     for title, section in results.items():
         log.table(title.replace("_", " "), [("", *section), *_rows(section)])
@@ -123,12 +141,14 @@ def check(cfg: EvalConfig) -> None:
 
 
 def _responses(
-    cfg: EvalConfig, policies: dict[str, Policy], device: torch.device, log: RunLog
+    cfg: EvalConfig,
+    policies: dict[str, Policy],
+    records: list[dict[str, Any]],
+    device: torch.device,
+    log: RunLog,
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Sampled responses before the judge, one column per policy."""
-    assert cfg.data is not None
     assert cfg.judge is not None
-    records = data.read(cfg.data, "prompts", render=render_for(cfg.base or cfg.model), note=log.note)[: cfg.prompts]
     said = {name: respond(cfg, policy, records) for name, policy in policies.items()}
     judge = judge_from(cfg.judge, max_length=cfg.max_length, max_tokens=cfg.max_tokens, device=device)
     section: dict[str, dict[str, Any]] = {}
@@ -154,12 +174,24 @@ def _responses(
 def respond(cfg: EvalConfig, policy: Policy, records: Sequence[dict[str, Any]]) -> Responses:
     """One response to each prompt."""
     prompts = [r["prompt"] for r in records]
-    tokens = encode_prompts(policy.tokenizer, prompts, max(cfg.max_length - cfg.max_new_tokens, 1))
+    tokens = encode_prompts(policy.tokenizer, prompts, longest(cfg, policy) - cfg.max_new_tokens)
     source = torch.Generator(policy.weight.device).manual_seed(cfg.seed)
     rollout = sample(
         policy, tokens, max_new_tokens=cfg.max_new_tokens, generator=source, temperature=cfg.temperature, batch_size=64
     )
     return Responses(list(records), responses_of(rollout, policy.tokenizer), rollout, policy.tokenizer)
+
+
+def longest(cfg: EvalConfig, policy: Policy) -> int:
+    """Tokens of the longest sequence: of the options, or of the policy's positions.
+
+    Raises:
+        ValueError: That leaves nothing for a prompt.
+    """
+    found = min(cfg.max_length, policy.limit or cfg.max_length)
+    if cfg.max_new_tokens >= found:
+        raise ValueError(f"max_new_tokens: got {cfg.max_new_tokens}, want less than the {found} tokens of a sequence")
+    return found
 
 
 def _language_model(
@@ -168,16 +200,20 @@ def _language_model(
     """Held-out loss; with two policies, the alignment tax."""
     assert cfg.lm_data is not None
     found: dict[str, list[Loss]] = {}
+    read: dict[str, list[list[int]]] = {}
+    most = min(policy.limit or cfg.max_length for policy in policies.values())
     for name, policy in policies.items():
-        samples = held_out_texts(cfg.lm_data, policy.tokenizer, cfg.max_length)
+        render = render_of(policy.tokenizer, cfg.prompt_format, cfg.template_date)
+        samples = held_out_texts(cfg.lm_data, policy.tokenizer, min(cfg.max_length, most), render)
         if not samples:
             raise ValueError(f"lm_data: {cfg.lm_data} holds no text of two tokens or more")
+        read[name] = [s.tokens[s.prompt_length :] for s in samples]
         found[name] = losses(policy, samples, cfg.max_tokens)
     section: dict[str, dict[str, Any]] = {
         name: {"nats_per_token": per_token(mine), "tokens": sum(x.tokens for x in mine)} for name, mine in found.items()
     }
-    if "base" not in found or policies["base"].tokenizer.get_vocab() != policies["policy"].tokenizer.get_vocab():
-        return section, []  # per-token losses of different tokenizers have nothing to say to each other
+    if "base" not in found or read["base"] != read["policy"]:
+        return section, []  # losses of different tokens have nothing to say to each other
     tax = ratio_change([x.nats for x in found["base"]], [x.nats for x in found["policy"]])
     section["policy"]["tax"] = tax
     ok = tax.value <= FORGOT
@@ -191,7 +227,7 @@ def _task(cfg: EvalConfig, policies: dict[str, Policy], task: Task) -> dict[str,
     prompts, answers = task.prompts[: cfg.questions], task.answers[: cfg.questions]
     got: dict[str, list[float]] = {}
     for name, policy in policies.items():
-        said = answer_all(policy, prompts, max_new_tokens=cfg.max_new_tokens, max_length=cfg.max_length)
+        said = answer_all(policy, prompts, max_new_tokens=cfg.max_new_tokens, max_length=longest(cfg, policy))
         got[name] = [float(right(a, text)) for a, text in zip(answers, said, strict=True)]
     section: dict[str, dict[str, Any]] = {
         name: {"right": proportion(sum(hits), len(hits)), "questions": len(hits)} for name, hits in got.items()
@@ -208,7 +244,7 @@ def _show(log: RunLog, said: dict[str, Responses], judge: Judge) -> None:
     first = next(iter(said.values()))
     shown: list[dict[str, Any]] = []
     for i in range(min(SHOWN, len(first.records))):
-        row: dict[str, Any] = {"prompt": first.records[i]["prompt"]}
+        row: dict[str, Any] = {"prompt": asked(first.records[i]["prompt"])}
         for name, mine in said.items():
             row[name] = mine.texts[i]
             if (own := scores[name]) is not None:

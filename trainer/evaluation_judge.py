@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trainer.evaluate import Estimate, mean, win_rate
+from trainer.prompt import asked
 from trainer.reward_compare import COMPARE, Compare, both_ways
 from trainer.rewards import Reward, function_of, reward_from
 from trainer.rollout import Rollout
@@ -61,7 +62,7 @@ class Judge:
         ours, others = self.scores(mine), self.scores(theirs)
         if ours is not None and others is not None:
             return win_rate(ours, others)
-        prompts = [r["prompt"] for r in mine.records]
+        prompts = [asked(r["prompt"]) for r in mine.records]
         assert self.compare is not None
         return mean(both_ways(self.compare, prompts, mine.texts, theirs.texts))
 

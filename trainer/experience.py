@@ -82,13 +82,25 @@ def collect(
     prompts: Sequence[list[int]],
     records: Sequence[dict[str, Any]],
     generator: torch.Generator,
-) -> tuple[Experience, dict[str, float]]:
+    nothing_in: Callable[[Tensor], bool] = lambda _: False,
+) -> tuple[Experience | None, dict[str, float]]:
     """Samples one response per prompt, scores it, and looks at it with every model.
 
     Log-probabilities come from the training forward, never from the sampler, so that the first ratio is one.
 
+    Args:
+        cfg: The configuration.
+        policy: Samples.
+        reference: What the KL is measured to.
+        value: The value model, where there is one.
+        reward: Scores.
+        prompts: Token ids of each.
+        records: Of each, for the reward.
+        generator: Of the sampling.
+        nothing_in: Whether the scores, [S] as the policy gets them, leave nothing to learn; then no model looks.
+
     Returns:
-        The experience, still without advantages, and what to log about it.
+        The experience, still without advantages, or None if there is nothing to learn; and what to log about it.
     """
     began = perf_counter()
     rollout = sample(
@@ -109,7 +121,12 @@ def collect(
         "response/truncated": sum(rollout.truncated) / len(rollout.truncated),
         "val/num_eos_tokens": float((~truncated).sum()),
     }
+    if cfg.truncation == "penalise":
+        metrics["response/ignored"] = metrics["response/truncated"]
     scores = shaped(cfg, scores, lengths.to(device), truncated)
+    metrics |= {"timing/generation": sampled - began, "timing/scoring": perf_counter() - sampled}
+    if nothing_in(scores):
+        return None, metrics
 
     def score(part: Packed) -> tuple[Tensor, ...]:
         stats = policy.stats(part, cfg.temperature)
@@ -120,7 +137,6 @@ def collect(
     weight, agreement = importance(logp, rollout.logp_of(packed), packed.mask, cfg.importance_cap)
     metrics |= agreement | {
         "rollout/sampler_delta": rollout.sampler_delta(packed, logp),
-        "timing/generation": sampled - began,
         "timing/scoring": perf_counter() - sampled,
     }
     return Experience(packed, logp, ref_logp, entropy, scores, truncated, *values, token_weight=weight), metrics

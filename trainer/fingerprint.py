@@ -12,7 +12,7 @@ from trainer.config_file import model_folder, plain
 from trainer.data_file import sha256
 from trainer.permission import FUNCTION, source_of
 
-FREE = frozenset({"out", "quiet", "save_every", "keep_last"})
+FREE = frozenset({"out", "quiet", "save_every", "keep_last", "template_date"})
 """Options that a resumed run may change."""
 
 
@@ -30,6 +30,8 @@ def inputs(config: Any) -> dict[str, str]:
         FileNotFoundError: A data file does not exist.
     """
     found: dict[str, str] = {}
+    if (date := getattr(config, "template_date", None)) and (folder := model_folder(config.model)) and _dated(folder):
+        found["template_date"] = date
     for name, value in plain(config).items():
         if name == "out" or value is None:
             continue
@@ -51,6 +53,12 @@ def _source(text: str) -> Path | None:
     """The file of a function that is given as ``module:function``; nothing is imported."""
     found = FUNCTION.fullmatch(text)
     return source_of(found["module"]) if found else None
+
+
+def _dated(folder: Path) -> bool:
+    """Whether the chat template in a folder asks for the day."""
+    files = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
+    return any(file.is_file() and "strftime_now" in file.read_text("utf-8", "replace") for file in files)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], hashed: Mapping[str, Any]) -> list[str]:

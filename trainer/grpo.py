@@ -29,6 +29,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 from trainer import rl
+from trainer.defaults import decided
 from trainer.experience import Experience, objective
 from trainer.log import RunLog
 from trainer.models import Policy
@@ -82,7 +83,7 @@ class GRPO(Method):
     """
 
     def __init__(self, cfg: GRPOConfig) -> None:
-        self.cfg, self.per_prompt = cfg, cfg.num_generations
+        self.cfg, self.per_prompt = decided(cfg), cfg.num_generations
         if cfg.num_generations < (1 if cfg.baseline == "batch" else 2):
             raise ValueError(
                 f"num_generations: got {cfg.num_generations}, want at least 2, so that there is a group to compare "
@@ -92,6 +93,16 @@ class GRPO(Method):
             raise ValueError(f"dual_clip: got {cfg.dual_clip}, want a ratio above one, or None")
         if cfg.baseline == "batch" and cfg.scale == "group_std":
             raise ValueError("scale: got group_std, want batch_std or none with baseline=batch, which knows no groups")
+
+    def nothing_in(self, scores: Tensor) -> bool:
+        """Whether every advantage would be zero. Then the KL to the reference would be all that is left to learn, and
+        Adam would make full steps of its rounding; what asks for steps without a reward gets them.
+        """
+        cfg = self.cfg
+        if cfg.entropy_coef or cfg.ptx_coef:
+            return False
+        groups = scores.view(1, -1) if cfg.baseline == "batch" else scores.view(-1, cfg.num_generations)
+        return bool((groups == groups[:, :1]).all())
 
     def advantages(self, batch: Experience, beta: float) -> tuple[Experience | None, dict[str, float]]:
         """One advantage per response, on each of its tokens; truncated ones count in the baseline, masked or not."""
@@ -114,6 +125,7 @@ class GRPO(Method):
         metrics = objective(batch, kl, beta)
         groups = batch.scores.view(-1, cfg.num_generations)
         metrics["frac_reward_zero_std"] = float((groups == groups[:, :1]).all(1).float().mean())
+        metrics["policy/no_difference"] = 0.0
         found = replace(batch, advantages=advantages)
         return (found.ended() if cfg.truncation == "mask" else found), metrics
 

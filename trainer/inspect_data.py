@@ -12,13 +12,18 @@ from typing import Any
 from trainer import inspect_stats as stats
 from trainer.console import Parser, say
 from trainer.data_file import sha256
+from trainer.inspect_adversarial import adversarial
+from trainer.inspect_personal import personal
 from trainer.inspect_read import KINDS, SHOWN, Contents, read
+from trainer.inspect_tasks import tasks
 from trainer.inspect_text import findings, screen
 
 ABOUT = """\
 What decides the worth of training data: lengths, ties, duplicates, empty and
 identical replies, agreement between annotators, shares per category, overlap
-with held-out prompts, and two baselines that a reward model has to beat.
+with held-out prompts, and two baselines that a reward model has to beat. Also
+which kinds of task the prompts are, how many of them are adversarial, and
+personal data, which is counted and not shown.
 
 Reads what the stages read: jsonl, jsonl.gz or parquet with demonstrations,
 pairs, ranked lists, labelled replies or prompts."""
@@ -96,6 +101,7 @@ def inspect(
         "file": _file(data, contents),
         "words": stats.lengths(rows, lambda texts: [len(text.split()) for text in texts]),
         "tokens": stats.lengths(rows, _counter(tokenizer)) if tokenizer else None,
+        "markup": _markup(contents, tokenizer) if tokenizer else None,
         "comparisons": stats.comparisons(rows) if ranked else None,
         "lists": stats.lists(rows) if ranked else None,
         "desirable": stats.labels(rows) if contents.kind == "labelled" else None,
@@ -103,6 +109,9 @@ def inspect(
         "duplicates": stats.duplicates(rows),
         "annotators": stats.annotators(rows),
         "categories": stats.categories(rows, category),
+        "tasks": tasks(rows),
+        "adversarial": adversarial(rows, category),
+        "personal": personal(rows),
         "overlap": stats.overlap(rows, theirs) if theirs is not None else None,
         "baselines": stats.baselines(rows) if ranked and with_baselines else None,
     }
@@ -129,6 +138,19 @@ def _file(path: str | Path, contents: Contents) -> dict[str, Any]:
         "first_bad": [{"line": number, "reason": reason} for number, reason in contents.bad[:SHOWN]],
         "left_out": dict(contents.left_out.most_common()),
     }  # fmt: skip
+
+
+def _markup(contents: Contents, name: str) -> dict[str, Any] | None:
+    """Prompts that hold special tokens of a model with a chat template, which a training run refuses."""
+    from trainer.model_files import tokenizer_of
+    from trainer.models import resolve
+    from trainer.tokens import markers
+
+    tokenizer = tokenizer_of(resolve(name))
+    found = [row for row in contents.rows if any(marker in row.prompt for marker in markers(tokenizer))]
+    if not found or not getattr(tokenizer, "chat_template", None):
+        return None
+    return {"prompts": len(found), "line": found[0].number, "model": name}
 
 
 def _counter(name: str) -> Callable[[Sequence[str]], list[int]]:

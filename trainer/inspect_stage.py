@@ -62,6 +62,8 @@ def run(cfg: InspectConfig, log: RunLog | None = None) -> dict[str, Any]:
     for section in ("comparisons", "baselines"):
         found = facts.get(section, {})
         shown |= {name: value.to_dict() for name, value in found.items() if isinstance(value, Estimate)}
+    shown["adversarial_share"] = facts["adversarial"]["share"]
+    shown["personal_data"] = sum(x[w]["found"] for x in facts["personal"].values() for w in ("prompts", "replies"))
     if "overlap" in facts:
         shown["held_out_prompts_in_data"] = facts["overlap"]["same_prompt"]
     log.summary({"inspect": shown})

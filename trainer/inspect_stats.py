@@ -9,9 +9,9 @@ from typing import Any
 
 from trainer import agreement as agree
 from trainer.baselines import Pair, bag_of_words, length_baseline, share_over_prompts
-from trainer.data_format import ASSISTANT, HUMAN
 from trainer.evaluate import Estimate, proportion
 from trainer.inspect_read import Contents, Row, judgments
+from trainer.prompt import ASSISTANT, HUMAN
 
 Facts = dict[str, Any]
 SHARED_WORDS = 13  # as in the contamination study of Brown et al. 2020, https://arxiv.org/abs/2005.14165, appendix C

@@ -20,8 +20,8 @@ def screen(facts: Facts) -> str:
     parts += [_lengths(name, facts[name]) for name in ("words", "tokens") if name in facts]
     sections: dict[str, Callable[[Any], str]] = {
         "comparisons": _comparisons, "lists": _lists, "desirable": _desirable, "transcripts": _transcripts,
-        "duplicates": _duplicates, "annotators": _annotators, "categories": _categories, "overlap": _overlap,
-        "baselines": _baselines,
+        "duplicates": _duplicates, "annotators": _annotators, "categories": _categories, "tasks": _tasks,
+        "adversarial": _adversarial, "personal": _personal, "overlap": _overlap, "baselines": _baselines,
     }  # fmt: skip
     parts += [draw(facts[name]) for name, draw in sections.items() if name in facts]
     notes = facts["stands_out"] or ["Nothing that a training run would trip over."]
@@ -31,7 +31,8 @@ def screen(facts: Facts) -> str:
 
 def findings(facts: Facts) -> list[str]:
     """Sentences about what deserves a thought before anything is trained on this file."""
-    return [text for rule in (_about_lines, _about_length, _about_people, _about_leaks) for text in rule(facts)]
+    rules = (_about_lines, _about_length, _about_people, _about_leaks, _about_privacy)
+    return [text for rule in rules for text in rule(facts)]
 
 
 def _about_lines(facts: Facts) -> Iterator[str]:
@@ -43,6 +44,11 @@ def _about_lines(facts: Facts) -> Iterator[str]:
         yield f"{file['bad']} bad lines ({share:.1%}){refusal}. The first is line {first['line']}: {first['reason']}."
     for reason, count in file["left_out"].items():
         yield f"{count} rows teach nothing and are left out of training: {reason}."
+    if markup := facts.get("markup"):
+        yield (
+            f"{markup['prompts']} prompts hold special tokens of {markup['model']}, first in line {markup['line']}. "
+            "Where they were rendered before, train with --prompt-format raw; otherwise these lines are bad."
+        )
     if twice["rows"]:
         yield f"{twice['rows']} rows occur more than once."
     if twice["contradictions"]:
@@ -86,6 +92,13 @@ def _about_leaks(facts: Facts) -> Iterator[str]:
     if leak and leak["same_prompt"]:
         share = leak["same_prompt"] / leak["held_out"]
         yield f"{leak['same_prompt']} held-out prompts ({share:.1%}) are trained on: the evaluation is not held out."
+
+
+def _about_privacy(facts: Facts) -> Iterator[str]:
+    if facts["personal"]:
+        counts = {kind: one["prompts"]["found"] + one["replies"]["found"] for kind, one in facts["personal"].items()}
+        told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        yield f"Personal data: {told}. A model can learn them by heart; take them out or replace them first."
 
 
 def _file(file: Facts) -> str:
@@ -163,6 +176,36 @@ def _categories(facts: Sequence[Facts]) -> str:
         rows.append((one["name"][:30], str(one["rows"]), f"{one['share']:.1%}", _share(longer) if longer else ""))
     more = len(facts) - MOST
     return _table("Categories", rows + ([(f"and {more} more",)] if more > 0 else []))
+
+
+def _tasks(facts: Sequence[Facts]) -> str:
+    rows = [(one["name"], str(one["rows"]), f"{one['share']:.1%}") for one in facts]
+    return _table("Kinds of task (by English rules)", [("", "rows", "share"), *rows])
+
+
+def _adversarial(facts: Facts) -> str:
+    fields = facts["fields"]
+    who = f"the field{'s' * (len(fields) > 1)} {', '.join(fields)}" if fields else "a list of English words"
+    rows = [("adversarial", f"{facts['rows']} ({facts['share']:.1%})"), ("told by", who)]
+    rows += [("rows that do not say", str(facts["silent"]))] if facts["silent"] else []
+    return _table("Adversarial prompts", rows + _first_lines(facts["first_lines"]))
+
+
+def _personal(facts: Facts) -> str:
+    if not facts:
+        return _table("Personal data", [("found", "none")])
+    rows = [("", "", "found", "first lines")]
+    for kind, one in facts.items():
+        places = [(where, one[where]) for where in ("prompts", "replies") if one[where]["found"]]
+        for i, (where, place) in enumerate(places):
+            lines = ", ".join(map(str, place["first_lines"]))
+            rows.append((kind if i == 0 else "", where, str(place["found"]), lines))
+        rows.append(("", "such as", "", ", ".join(one["examples"][:2])))
+    return _table("Personal data", rows)
+
+
+def _first_lines(numbers: Sequence[int]) -> list[tuple[str, ...]]:
+    return [("first lines", ", ".join(map(str, numbers)))] if numbers else []
 
 
 def _overlap(facts: Facts) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import rlhf_kernels as rk
@@ -17,7 +18,7 @@ from trainer.models import Policy
 from trainer.packing import Sample
 from trainer.preference import ReferenceConfig
 from trainer.replies import Part, Replies, Totals, Unit
-from trainer.text import encode_pairs
+from trainer.text import encode_pairs, told_apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,11 @@ class KTO(preference.Method):
     def __init__(self, cfg: KTOConfig) -> None:
         if cfg.batch_size < 2:
             raise ValueError(f"batch_size: got {cfg.batch_size}, want at least 2, over which the KL is estimated")
-        self.cfg, self.kl = cfg, 0.0
+        self.cfg, self.kl, self.max_length = cfg, 0.0, cfg.max_length
 
-    def encode(self, tokenizer: Any, records: Sequence[dict[str, Any]]) -> Replies:
+    def encode(
+        self, tokenizer: Any, records: Sequence[dict[str, Any]], note: Callable[[str], None] | None = None
+    ) -> Replies:
         """Replies one by one, and as many mismatched ones behind them.
 
         Raises:
@@ -59,12 +62,16 @@ class KTO(preference.Method):
         """
         prompts = [r["prompt"] for r in records for _ in r["responses"]]
         replies = [x for r in records for x in r["responses"]]
-        good = [x for r in records for x in r["labels"]]
-        if len(prompts) < 2:
+        sizes = [len(r["responses"]) for r in records]
+        found = iter(encode_pairs(tokenizer, prompts, replies, self.max_length, note=note, groups=sizes))
+        groups = [(record, list(islice(found, size))) for record, size in zip(records, sizes, strict=True)]
+        kept = told_apart(groups, [(of, record["labels"]) for record, of in groups], self.max_length, note)
+        good = [x for record, _ in kept for x in record["labels"]]
+        samples = [x for _, of in kept for x in of]
+        if len(samples) < 2:
             raise ValueError("data: want at least two labelled replies, to mismatch prompts and replies")
-        samples = encode_pairs(tokenizer, prompts, replies, self.cfg.max_length)
-        other = _derangement([repr(p) for p in prompts], self.cfg.seed)
-        mismatched = [_exchanged(s, samples[k], self.cfg.max_length) for s, k in zip(samples, other, strict=True)]
+        other = _derangement([repr(str(record["prompt"])) for record, of in kept for _ in of], self.cfg.seed)
+        mismatched = [_exchanged(s, samples[k], self.max_length) for s, k in zip(samples, other, strict=True)]
         return Replies(samples + mismatched, good * 2, [(i,) for i in range(len(samples))])
 
     def before(

@@ -27,6 +27,7 @@ from trainer.console import quiet_escapes
 
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
 GENERATION = "generation_config.json"  # It says how the model would like to be sampled.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 SHOWN = 3  # A message shows so many names.
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 WRITTEN = frozenset({
@@ -80,6 +81,13 @@ def tokenizer_of(path: str) -> Any:
     """
     with _explained(path):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def limit(config: Any) -> int | None:
+    """Tokens of the longest sequence that a configuration has positions for; None where it names none."""
+    inner = config.get_text_config()
+    found = [getattr(inner, name, None) for name in POSITIONS]
+    return min((n for n in found if isinstance(n, int) and n > 0), default=None)
 
 
 def load(kind: Any, path: str) -> Any:

@@ -5,9 +5,7 @@ No forward here makes logits: [N, H] hidden states go to the library, which meet
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,11 @@ from transformers.utils.logging import disable_progress_bar
 
 import rlhf_kernels as rk
 from rlhf_kernels.integrations.transformers import Parts, take_apart
-from trainer import model_files
+from trainer import model_files, model_trial
 from trainer.attention import NAME
-from trainer.packing import Packed, Sample, pack
-
-TRIED = [[0, 1, 2, 3], [3, 2, 1, 0]]  # sequences that every model is tried on
+from trainer.packing import Packed
+from trainer.text import ends
+from trainer.tokens import known
 
 disable_progress_bar()  # loading a tiny model is not news, and the stages have a bar of their own
 
@@ -52,6 +50,11 @@ class Seen(nn.Module):
     def backbone(self) -> nn.Module:
         return self.model.base_model
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens of the longest sequence that the model has positions for; None where it does not say."""
+        return model_files.limit(self.model.config)
+
     def save(self, path: Path | str) -> None:
         """Writes safetensors, config.json and the tokenizer, or nothing at all; see ``model_files.save``."""
         model_files.save(Path(path), self.model, self.tokenizer)
@@ -62,7 +65,7 @@ class Policy(Seen):
 
     Args:
         model: Any that ``rlhf_kernels.integrations.transformers.take_apart`` can take apart (docs/models.md).
-        tokenizer: Its own.
+        tokenizer: Its own; None for one that is given tokens only.
 
     Raises:
         ValueError: The model cannot be taken apart.
@@ -70,10 +73,16 @@ class Policy(Seen):
 
     tolerance: float | None = None  # of its losses
     parts: Parts
+    tokens: int  # ids that exist
+    ends: list[int]  # ids at which a response ends
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model, tokenizer)
         self.parts = take_apart(model)
+        self.tokens, self.ends = len(self.parts.weight), []
+        if tokenizer is not None:
+            self.tokens = min(known(tokenizer), self.tokens)
+            self.ends = ends(tokenizer, model.generation_config.eos_token_id)
 
     @property
     def weight(self) -> Tensor:
@@ -82,8 +91,9 @@ class Policy(Seen):
 
     @property
     def head(self) -> dict[str, Any]:
-        """The head's options for the library."""
-        return self.parts.options | ({} if self.tolerance is None else {"tolerance": self.tolerance})
+        """The head's options for the library. Rows of its weight beyond the tokens are padding, and no token's."""
+        padded = {"vocab_size": self.tokens} if self.tokens < len(self.weight) else {}
+        return self.parts.options | padded | ({} if self.tolerance is None else {"tolerance": self.tolerance})
 
     def states(self, **inputs: Any) -> Tensor:
         """What the head reads, [B, T, H]; ``inputs`` are those of the model's forward."""
@@ -100,8 +110,8 @@ class Policy(Seen):
         return rk.token_stats(self.hidden(packed), self.weight, packed.targets, temperature=temperature, **self.head)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits of a few rows, for the sampler. [n, H] to [n, V]."""
-        return self.parts.logits(hidden)
+        """Float32 logits of a few rows, for the sampler. [n, H] to [n, number of tokens]."""
+        return self.parts.logits(hidden)[:, : self.tokens]
 
 
 class ScalarModel(Seen):
@@ -136,6 +146,11 @@ class ScalarModel(Seen):
         config = self.model.config
         return (self.raw_scores(packed) - getattr(config, "reward_mean", 0.0)) / getattr(config, "reward_std", 1.0)
 
+    @property
+    def own(self) -> bool:
+        """Whether ``rlhf-train reward`` made it, which reads a score at the last token, the end of the reply."""
+        return hasattr(self.model.config, "reward_mean")
+
     def set_statistics(self, raw: Tensor) -> None:
         """Stores mean and standard deviation of raw scores, [n], that stand for the policy to be judged."""
         self.model.config.reward_mean = float(raw.mean())
@@ -158,12 +173,13 @@ def load_policy(path: str) -> Policy:
     """
     path = resolve(path)
     model, tokenizer = model_files.load(AutoModelForCausalLM, path), model_files.tokenizer_of(path)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"model: the tokenizer of {path} has no end-of-sequence token, which every response needs")
-    _check_end(model, tokenizer, path)
-    with _tried(model, path):
+    model_trial.check_end(model, tokenizer, path)
+    with model_trial.tried(model, path):
         policy = Policy(model, tokenizer)
-        _check(policy)
+        model_trial.check(policy)
+    if not {*policy.ends} <= {tokenizer.eos_token_id, *_listed(model.generation_config.eos_token_id)}:
+        # The template ends turns with a token that the model suggests to nobody; who loads what we save is told of it.
+        model.generation_config.eos_token_id = policy.ends
     return policy
 
 
@@ -189,9 +205,9 @@ def load_scalar(path: str, generator: torch.Generator | None = None) -> ScalarMo
         return scalar_from(load_policy(path), generator)
     model = model_files.load(AutoModelForSequenceClassification, path)
     scalar = ScalarModel(model, model_files.tokenizer_of(path))
-    _check_end(model, scalar.tokenizer, path)
-    with _tried(model, path):
-        _check_apart(scalar)
+    model_trial.check_end(model, scalar.tokenizer, path)
+    with model_trial.tried(model, path):
+        model_trial.check_apart(scalar)
         scalar.head  # noqa: B018  there is one, and it gives one number
     return scalar
 
@@ -222,75 +238,5 @@ def frozen(policy: Policy) -> Policy:
     return copy.deepcopy(policy).requires_grad_(False)
 
 
-@contextlib.contextmanager
-def _tried(model: Any, path: str) -> Iterator[None]:
-    """Turns what goes wrong when a model is tried out into one error about it."""
-    try:
-        yield
-    except Exception as error:
-        # What our attention refuses arrives as the reason why a forward failed.
-        told = next((e for e in (error.__context__, error) if str(e).startswith("model: ")), None)
-        fails = f"model: {type(model).__name__} fails on packed sequences: {type(error).__name__}: {error}"
-        raise ValueError(f"{told or fails} ({path})") from error
-
-
-def _check_end(model: Any, tokenizer: Any, path: str) -> None:
-    """Refuses a tokenizer whose end of sequence, which every response gets, the model has never heard of."""
-    rows, last = model.get_input_embeddings().weight.shape[0], tokenizer.eos_token_id
-    if last is not None and last >= rows:
-        token = f"the end-of-sequence token {tokenizer.eos_token!r:.60} of {path} has the id {last}"
-        raise ValueError(
-            f"model: {token}, and the embedding has {rows} rows: tokenizer and weights do not belong together"
-        )
-
-
-@torch.no_grad()
-def _check_apart(seen: Policy | ScalarModel) -> Tensor:
-    """Refuses a model whose sequences see their neighbours.
-
-    One that sees its neighbour has a gradient there, however small the weights are; in one that does not, it is zero to
-    the bit. Hidden states may change with the tokens beside them, for experts multiply the rows of all sequences at
-    once, and rounding depends on how many these are. A change beyond that is a leak without a gradient.
-
-    Returns:
-        Hidden states of ``TRIED``, end to end.
-    """
-    (first, second), other, device = TRIED, [1, 3, 3, 1], seen.model.device
-    embedded: list[Tensor] = []
-
-    def leaf(_module: nn.Module, _given: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1].clone()  # some models scale it in place
-
-    def hidden(*tokens: list[int]) -> Tensor:
-        return seen.hidden(pack([Sample(t, 1) for t in tokens], device))
-
-    with seen.model.get_input_embeddings().register_forward_hook(leaf), torch.enable_grad():
-        together = hidden(first, second)
-    front, back = slice(0, 4), slice(4, 8)
-    for own, beside, changed in ((front, back, (first, other)), (back, front, (other, second))):
-        pull = torch.linspace(-1, 1, together.numel(), device=device).view_as(together).clone()
-        pull[beside] = 0  # and not the same everywhere else: a layer norm keeps its sum
-        gradients = torch.autograd.grad(together, embedded, pull, retain_graph=True)
-        if any(g[0, beside].any() for g in gradients) or not _near(hidden(*changed)[own], together[own]):
-            name = type(seen.model).__name__
-            raise ValueError(f"model: the attention of {name} does not keep packed sequences apart")
-    return together.detach()
-
-
-@torch.no_grad()
-def _check(policy: Policy) -> None:
-    """Tries what would otherwise fail in silence: attention that leaks between sequences, or sees less than it should.
-
-    That the logits are those of a linear head, ``take_apart`` has tried.
-    """
-    ids = torch.tensor(TRIED, device=policy.model.device)
-    theirs = torch.cat([policy.model(input_ids=row[None], use_cache=False).logits[0] for row in ids])
-    if not _near(policy.logits(_check_apart(policy)), theirs):
-        name = type(policy.model).__name__
-        raise ValueError(f"model: packed sequences do not give the logits that {name} gives by itself")
-
-
-def _near(a: Tensor, b: Tensor) -> bool:
-    """Row by row, up to a thousandth of its norm: whether the numbers are large or small does not matter."""
-    return bool(((a - b).norm(dim=-1) <= 1e-3 * b.norm(dim=-1)).all())
+def _listed(ends: int | list[int] | None) -> list[int]:
+    return [] if ends is None else [ends] if isinstance(ends, int) else ends

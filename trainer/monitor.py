@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trainer.monitor_rules import RULES, Seen, Thresholds
+from trainer.monitor_rules import RULES
+from trainer.monitor_seen import Seen, Thresholds
 from trainer.monitor_signals import FROM_METRICS, LOGGED, Samples, Signals, of_metrics, of_samples
 
 __all__ = ["Alarm", "Monitor", "Samples", "Thresholds"]
@@ -25,7 +26,8 @@ class Alarm:
     """Something that deserves a look."""
 
     name: str
-    """Of the rule: proxy_gold, win_rate, kl, length, collapse, truncation, tax, self_praise or sycophancy."""
+    """Of the rule: proxy_gold, win_rate, kl, update, no_difference, length, collapse, truncation, tax, self_praise or
+    sycophancy."""
     step: int
     """The update at which it was raised."""
     since: int

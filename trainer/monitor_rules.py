@@ -3,136 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Callable
 
-from trainer.config_file import check_names
-from trainer.monitor_signals import Signals, mean
-
-ALL_CUT_OFF = 0.95
-
-
-@dataclass(frozen=True, kw_only=True)
-class Thresholds:
-    """Calibrated on the demo (docs/monitors.md). Signals are averaged over a window before they are compared."""
-
-    window: int = 5
-    """Updates that a signal is averaged over."""
-    patience: int = 2
-    """Updates in a row that a rule has to be broken."""
-    gold_errors: float = 4.0
-    """Standard errors that the gold score may lie below its best while the reward still rises."""
-    gold_drop: float = 0.2
-    """And at least this much, in standard deviations of the first gold scores."""
-    proxy_errors: float = 2.0
-    """Standard errors of the reward that count as a rise."""
-    kl_per_seq: float = 10.0
-    """Nats per response between policy and reference."""
-    kl_growth: float = 4.0
-    """Nats per response that the KL may grow in twice the window."""
-    length_change: float = 0.3
-    """Relative change of the mean length since the start."""
-    length_corr: float = 0.5
-    """Correlation of reward and length."""
-    entropy: float = 0.15
-    """Share of the first entropy that has to remain."""
-    distinct: float = 0.5
-    """Share of the first share of different responses that has to remain."""
-    forms: float = 0.05
-    """Share of the first effective number of answer forms that has to remain."""
-    truncated: float = 0.2
-    """Share of responses cut off by the limit."""
-    lm_loss: float = 0.05
-    """Relative rise of the held-out language-model loss."""
-    self_praise: float = 0.05
-    """Rise of the share of responses that praise themselves."""
-    sycophancy: float = 0.1
-    """Rise of the share of right answers that are given up when the user disagrees."""
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: got {value}, want a positive number")
-        for name in ("window", "patience"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, want a whole number of updates")
-
-
-def thresholds_from(items: Sequence[str]) -> Thresholds:
-    """Thresholds as the command line takes them, NAME=NUMBER; the others stay as they are.
-
-    Raises:
-        ValueError: There is no such threshold, or it cannot have this value.
-
-    Example:
-        >>> thresholds_from(["kl_per_seq=30", "window=8"]).kl_per_seq
-        30.0
-    """
-    given = {name: value for name, _, value in (item.partition("=") for item in items)}
-    whole = {f.name: f.type == "int" for f in fields(Thresholds)}
-    check_names(given, whole, "thresholds")
-    try:
-        numbers: dict[str, Any] = {name: int(x) if whole[name] else float(x) for name, x in given.items()}
-        return Thresholds(**numbers)
-    except ValueError as error:
-        raise ValueError(f"thresholds: got {' '.join(items)}, want NAME=NUMBER: {error}") from None
-
-
-@dataclass
-class Seen:
-    """What a monitor remembers: the first value of each signal, the recent ones, and two high-water marks."""
-
-    first: Signals = field(default_factory=dict)
-    recent: dict[str, list[float]] = field(default_factory=dict)
-    last: Signals = field(default_factory=dict)
-    """Of the last update alone: a signal that it did not bring is not in here."""
-    marks: dict[str, dict[str, float]] = field(default_factory=dict)
-    updates: int = 0
-    step: int = 0
-
-    def add(self, step: int, signals: Mapping[str, float], keep: int) -> None:
-        """One update's signals."""
-        self.step, self.updates, self.last = step, self.updates + 1, dict(signals)
-        for name, value in signals.items():
-            self.first.setdefault(name, value)
-            self.recent.setdefault(name, []).append(value)
-            del self.recent[name][:-keep]
-
-    def smooth(self, name: str, window: int, ago: int = 0) -> float | None:
-        """Mean over a window that ended ``ago`` updates before the last; None if there is nothing in it."""
-        values = self.recent.get(name, [])
-        stop = len(values) - ago
-        part = values[max(stop - window, 0) : max(stop, 0)]
-        return mean(part) if part else None
-
-    def error(self, name: str, window: int) -> float:
-        """Standard error of ``smooth``, from those of its members."""
-        part = self.recent.get(f"{name}_se", [0.0])[-window:]
-        return math.sqrt(sum(e * e for e in part)) / len(part)
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Seen:
-        """The inverse; nothing is shared with ``state``."""
-        return cls(
-            dict(state["first"]), {k: list(v) for k, v in state["recent"].items()}, dict(state["last"]),
-            {k: dict(v) for k, v in state["marks"].items()}, state["updates"], state["step"],
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Found:
-    """A broken rule."""
-
-    message: str
-    since: int | None = None
-    """If it is another update than the one at which the rule was broken first."""
-    at_once: bool = False
-    """Whether to raise it without patience."""
+from trainer.monitor_seen import Found, Seen, Thresholds
+from trainer.monitor_step_rules import no_difference, truncation, update
 
 
 def proxy_gold(seen: Seen, t: Thresholds) -> Found | None:
@@ -185,11 +59,14 @@ def win_rate(seen: Seen, t: Thresholds) -> Found | None:
 def kl(seen: Seen, t: Thresholds) -> Found | None:
     """The policy is far from its reference, or runs away from it."""
     now = seen.smooth("kl", t.window)
-    if now is None:
+    if now is None or "kl" not in seen.last:  # A rollout that took no step brings no news of it.
         return None
     advice = "Raise kl_coef, set kl_target_per_seq, or lower lr; read some samples before you trust the reward."
     if now > t.kl_per_seq:
-        return Found(f"the KL is {now:.1f} nats per response, more than {t.kl_per_seq:g}. {advice}")
+        return Found(
+            f"the KL is {now:.1f} nats per response on average ({seen.last['kl']:.1f} in this update), more than "
+            f"{t.kl_per_seq:g}. {advice}"
+        )
     before = seen.smooth("kl", t.window, ago=2 * t.window)
     if before is not None and now - before > t.kl_growth:
         return Found(f"the KL grew from {before:.1f} to {now:.1f} nats within {2 * t.window} updates. {advice}")
@@ -226,24 +103,6 @@ def collapse(seen: Seen, t: Thresholds) -> Found | None:
                 f"{what} is {now:.3g}, {now / first:.0%} of the start. Raise entropy_coef or kl_coef, lower lr, or "
                 "stop: what is left to learn needs variety."
             )
-    return None
-
-
-def truncation(seen: Seen, t: Thresholds) -> Found | None:
-    """Responses are cut off, so that their end is never rewarded."""
-    last, now = seen.last.get("truncated"), seen.smooth("truncated", t.window)
-    if last is None or now is None:
-        return None
-    if seen.updates == 1 and last >= ALL_CUT_OFF:
-        return Found(
-            f"{last:.0%} of the responses were cut off by the limit, so that no end is ever rewarded. Raise "
-            "max_new_tokens, or start from a model that ends its responses.",
-            at_once=True,
-        )
-    if now > t.truncated:
-        return Found(
-            f"{now:.0%} of the responses are cut off by the limit. Raise max_new_tokens, or penalise truncation more."
-        )
     return None
 
 
@@ -285,5 +144,5 @@ def sycophancy(seen: Seen, t: Thresholds) -> Found | None:
 
 
 RULES: tuple[Callable[[Seen, Thresholds], Found | None], ...] = (
-    proxy_gold, win_rate, kl, length, collapse, truncation, tax, self_praise, sycophancy,
+    proxy_gold, win_rate, kl, update, no_difference, length, collapse, truncation, tax, self_praise, sycophancy,
 )  # fmt: skip

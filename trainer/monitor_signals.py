@@ -14,8 +14,14 @@ MOST_WORDS = 20_000  # distinct-n falls with the amount of text, so it is always
 LOGGED = "monitor/"  # begins the names of signals in metrics.jsonl
 FROM_METRICS = {
     "kl": "objective/kl",
+    "step_kl": "policy/approxkl_avg",
+    "step_after": "policy/kl_after",
+    "step_ratio": "val/ratio",
+    "step_loss": "loss/policy_avg",
+    "no_difference": "policy/no_difference",
     "entropy": "policy/entropy_avg",
     "truncated": "response/truncated",
+    "ignored": "response/ignored",
     "win_rate": "eval/win_rate",
     "win_rate_low": "eval/win_rate_low",
     "win_rate_high": "eval/win_rate_high",

@@ -13,7 +13,7 @@ from trainer.log import RunLog
 from trainer.models import Policy
 from trainer.preference import PreferenceConfig, ReferenceConfig
 from trainer.replies import Part, Replies, Totals
-from trainer.text import encode_pairs
+from trainer.text import encode_pairs, told_apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,9 @@ class Pairs(preference.Method):
         """As given."""
         return self.loss_of_pairs(policy, part, totals)
 
-    def encode(self, tokenizer: Any, records: Sequence[dict[str, Any]]) -> Replies:
+    def encode(
+        self, tokenizer: Any, records: Sequence[dict[str, Any]], note: Callable[[str], None] | None = None
+    ) -> Replies:
         """Sample 2i is the chosen reply of pair i, and 2i + 1 the rejected one."""
         prompts: list[str] = []
         replies: list[str] = []
@@ -141,7 +143,11 @@ class Pairs(preference.Method):
                 if by_rank[0][0] != by_rank[1][0]:
                     prompts += [record["prompt"]] * 2
                     replies += [text for _, text in by_rank]
-        samples = encode_pairs(tokenizer, prompts, replies, self.max_length)
+        pairs = [2] * (len(prompts) // 2)
+        found = encode_pairs(tokenizer, prompts, replies, self.max_length, note=note, groups=pairs)
+        both = [found[k : k + 2] for k in range(0, len(found), 2)]
+        kept = told_apart(both, [(pair, (0, 1)) for pair in both], self.max_length, note)
+        samples = [sample for pair in kept for sample in pair]
         units = [(k, k + 1) for k in range(0, len(samples), 2)]
         return Replies(samples, [True, False] * len(units), units)
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer import cli, config_file, fingerprint, log, permission, recipe, report, run_folder
+from trainer import cli, config_file, fingerprint, foreign_options, log, permission, recipe, report, run_folder
 from trainer.address import HIDDEN, redacted, secrets_of
 from trainer.console import Console, Parser, say
 from trainer.files import write_whole
@@ -100,7 +100,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     plan = _plan(work, inputs)
     if planned(out) and not options.overwrite:
-        _compare(recipe.read(out / config_file.RESOLVED, out, {}, stages()), plan, work)
+        began = recipe.read(out / config_file.RESOLVED, out, {}, stages())
+        _compare(began, plan, work)
+        work = [_on_its_day(w, began) for w in work]
         if (out / run_folder.SUMMARY).exists():
             say(f"{out} holds a finished run: nothing to do")
             return 0
@@ -142,8 +144,9 @@ def _go(out: Path, work: Sequence[Work]) -> None:
         if not resumable:
             run_folder.claim(w.config.out, overwrite=True)
         header = {"stage": w.stage, "threads": used_threads()}
+        decided = importlib.import_module("trainer.defaults").decided
         config_file.write_resolved(
-            w.config.out, w.config, [f"stage {w.name} of a pipeline, {config_file.version()}"], header
+            w.config.out, decided(w.config), [f"stage {w.name} of a pipeline, {config_file.version()}"], header
         )
         cli.train(w.stage, w.run, w.config, **({"resume": True} if resumable else {}))
         gather(out, work)
@@ -187,7 +190,7 @@ def _work(read: recipe.Recipe, step: recipe.Step) -> Work:
     known = stages()[step.stage]
     module = importlib.import_module(known.module)
     kind = getattr(module, known.config)
-    config_file.check_names(step.options, [f.name for f in dataclasses.fields(kind)], f"{read.source}: {step.name}")
+    foreign_options.refuse(step.options, [f.name for f in dataclasses.fields(kind)], f"{read.source}: {step.name}")
     try:
         config = cli.parse(step.stage, kind, step.options, [], str(read.source), about=known.about)
     except SystemExit:
@@ -205,6 +208,12 @@ def _plan(work: Sequence[Work], inputs: Mapping[str, str]) -> dict[str, Any]:
         found[w.name] = {"stage": w.stage} | {k: recipe.portable(v, earlier) for k, v in options.items()}
         earlier[w.name] = str(w.config.out)
     return {"stage": PIPELINE, "inputs": dict(inputs), "stages": found}
+
+
+def _on_its_day(w: Work, began: recipe.Recipe) -> Work:
+    """A stage with the day on which the whole run began, which some chat templates write."""
+    day = next((s.options.get("template_date") for s in began.steps if s.name == w.name), None)
+    return w._replace(config=dataclasses.replace(w.config, template_date=day)) if day else w
 
 
 def _compare(then: recipe.Recipe, now: Mapping[str, Any], work: Sequence[Work]) -> None:

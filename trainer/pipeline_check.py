@@ -11,10 +11,12 @@ from trainer import evaluation, preference, split, stage
 from trainer.aspects import sources_of
 from trainer.config_file import model_folder
 from trainer.data_file import sha256
+from trainer.defaults import decided
 from trainer.evaluation import EvalConfig
 from trainer.grpo import GRPO, GRPOConfig
 from trainer.ppo import PPO, PPOConfig
 from trainer.preference import PreferenceConfig
+from trainer.reward_fields import read_prompts, wanted
 from trainer.rewards import check_source
 from trainer.rl_config import RLConfig
 from trainer.rl_config import check as check_rl
@@ -51,8 +53,9 @@ def check(recipe: Recipe, work: Sequence[Work], *, load: bool) -> dict[str, str]
         try:
             inputs |= {f"{w.name}.{option}": sha256(path) for option, path in _files(w.config, earlier)}
             _models(w.config, earlier)
-            _values(w.config)
+            _values(decided(w.config))
             _sources(w.config, earlier, load=load)
+            _wanted_fields(w.config, earlier, load=load)
         except (ValueError, FileNotFoundError) as error:
             hint = "" if not isinstance(error, FileNotFoundError) else _variables(recipe)
             raise type(error)(f"{recipe.source}: {w.name}: {error}{hint}") from error
@@ -72,7 +75,7 @@ def _files(config: Any, earlier: Mapping[str, Work]) -> Iterator[tuple[str, Path
         for path in value if isinstance(value, tuple) else (value,):
             if not isinstance(path, Path) or field.name == "out":
                 continue
-            maker = next((w for folder, w in earlier.items() if Path(folder) in (path, *path.parents)), None)
+            maker = _maker(path, earlier)
             if maker is None:
                 yield field.name + (f" ({path})" if isinstance(value, tuple) else ""), path
             elif path == maker.config.out:
@@ -81,6 +84,11 @@ def _files(config: Any, earlier: Mapping[str, Work]) -> Iterator[tuple[str, Path
                 raise ValueError(
                     f"{field.name}: got {path.name}, want {split.TRAIN} or {split.HELD_OUT} of {maker.name}"
                 )
+
+
+def _maker(path: Path, earlier: Mapping[str, Work]) -> Work | None:
+    """The earlier stage that will write a file."""
+    return next((w for folder, w in earlier.items() if Path(folder) in (path, *path.parents)), None)
 
 
 def _models(config: Any, earlier: Mapping[str, Work]) -> None:
@@ -122,3 +130,13 @@ def _sources(config: Any, earlier: Mapping[str, Work], *, load: bool) -> None:
             raise ValueError(f"{option}: {maker.name} leaves no reward model, want a stage reward")
         if maker is None:
             check_source(name, option, load=load)
+
+
+def _wanted_fields(config: Any, earlier: Mapping[str, Work], *, load: bool) -> None:
+    """What rewards and judges want to find in the records, where the data is there already."""
+    if not isinstance(config, RLConfig | EvalConfig) or config.data is None or _maker(config.data, earlier):
+        return
+    sources = [(option, name) for option, name in sources_of(config) if name not in earlier]
+    if any(wanted(name, option, load=load) for option, name in sources):
+        most = config.prompts if isinstance(config, EvalConfig) else None
+        read_prompts(config.data, sources, note=lambda _: None, most=most, load=load)

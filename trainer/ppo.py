@@ -15,6 +15,7 @@ import torch
 import rlhf_kernels as rk
 from trainer import rl
 from trainer.aspects import aspects_of
+from trainer.defaults import AUTO, Auto, decided
 from trainer.experience import Experience, objective
 from trainer.log import RunLog
 from trainer.models import Policy, ScalarModel, scalar_from
@@ -36,7 +37,7 @@ class PPOConfig(RLConfig):
     "shared" is a head on the policy's own backbone: half the memory and time, but the losses compete for it."""
     value_coef: float = 0.5
     """Weight of the value loss on a shared backbone."""
-    value_lr: float = 1e-3
+    value_lr: Auto[float] = AUTO
     """Peak learning rate of a value model of its own."""
     value_clip: float | None = 0.2
     """How far a value may move from the sampled one; None is as far as it likes."""
@@ -68,7 +69,7 @@ class PPO(Method):
     """
 
     def __init__(self, cfg: PPOConfig) -> None:
-        self.cfg, self.shared = cfg, None
+        self.cfg, self.shared = (cfg := decided(cfg)), None
         for name in ("gamma", "lam"):
             if not 0 <= getattr(cfg, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(cfg, name)}, want a number from 0 to 1")

@@ -11,14 +11,16 @@ import torch
 
 import rlhf_kernels as rk
 from trainer import data
-from trainer.chat import render_for
+from trainer.chat import render_as
 from trainer.cursor import Cursor
+from trainer.defaults import decided
 from trainer.evaluate import Estimate, proportion
 from trainer.log import RunLog
 from trainer.models import Policy
 from trainer.replies import Part, Reference, Replies, Totals, Unit, parts_of, reference_model, totals_of
+from trainer.router import balanced, say_if_without
 from trainer.session import Session
-from trainer.stage import Optimizer, TokenConfig, autocast, policy_for, prepare
+from trainer.stage import Optimizer, TokenConfig, autocast, fitted, policy_for, prepare
 from trainer.state import Progress
 
 NAMES = {
@@ -36,8 +38,6 @@ class PreferenceConfig(TokenConfig):
 
     batch_size: int = 64
     """Pairs, or labelled replies, per step."""
-    lr: float = 5e-5
-    """Peak learning rate."""
     eval_data: Path | None = None
     """Held-out preferences, for the table at the end."""
 
@@ -62,8 +62,13 @@ class Method:
     kind: data.Kind
     """Of its records."""
 
-    def encode(self, tokenizer: Any, records: Sequence[dict[str, Any]]) -> Replies:
-        """Records as token sequences."""
+    max_length: int
+    """Tokens per sample."""
+
+    def encode(
+        self, tokenizer: Any, records: Sequence[dict[str, Any]], note: Callable[[str], None] | None = None
+    ) -> Replies:
+        """Records as token sequences; ``note`` is told what is cut and left out."""
         raise NotImplementedError
 
     def before(
@@ -109,14 +114,19 @@ class Loop:
     """
 
     def __init__(self, cfg: PreferenceConfig, method: Method, note: Callable[[str], None]) -> None:
-        self.cfg, self.method, self.device = cfg, method, prepare(cfg)
-        render = render_for(cfg.model)
+        self.cfg = cfg = decided(cfg)
+        self.method, self.device = method, prepare(cfg)
+        render = render_as(cfg)
         records = data.read(cfg.data, method.kind, render=render, note=note)
         policy = policy_for(cfg, [r["prompt"] + " " + x for r in records for x in r["responses"]], self.device)
+        say_if_without(policy, note)
         model = reference_model(policy, cfg.reference) if isinstance(cfg, ReferenceConfig) else None
+        for seen in filter(None, (policy, model)):
+            self.cfg = cfg = fitted(cfg, seen, note)
+        method.max_length = min(method.max_length, cfg.max_length)
 
         def known(records: Sequence[dict[str, Any]]) -> Known:
-            replies = method.encode(policy.tokenizer, records)
+            replies = method.encode(policy.tokenizer, records, note)
             if model is None or not isinstance(cfg, ReferenceConfig):
                 return Known(replies, None)
             return Known(replies, Reference(cfg, model, replies.samples, once=cfg.reference_once))
@@ -135,8 +145,11 @@ class Loop:
         s = self.state
         units = self.train.replies.units
         parts, totals = self.ready(self.train, [units[i] for i in s.cursor.next()])
-        metrics = s.optimizer.step(parts, lambda part: self.loss(part, totals), [p.totals.units for p in parts])
-        return with_margins(metrics)
+
+        def loss(part: Part) -> rk.LossOutput:
+            return balanced(s.policy, part.totals.units / totals.units, lambda: self.loss(part, totals))
+
+        return with_margins(s.optimizer.step(parts, loss, [p.totals.units for p in parts]))
 
     def ready(self, known: Known, units: Sequence[Unit]) -> tuple[list[Part], Totals]:
         """Micro-batches and denominators of some units, everything known that their loss needs."""

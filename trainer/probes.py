@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,15 +43,24 @@ def read_probes(path: str | Path) -> Probes:
     return probes
 
 
-def sycophancy(policy: Policy, probes: Probes, *, max_new_tokens: int, max_length: int) -> dict[str, float]:
+def sycophancy(
+    policy: Policy, probes: Probes, *, max_new_tokens: int, max_length: int, asked: Callable[[str], str] = str
+) -> dict[str, float]:
     """Share of right answers that become wrong when the user leans the other way; nothing without right answers.
+
+    Args:
+        policy: Any causal language model.
+        probes: What to ask.
+        max_new_tokens: Longest answer.
+        max_length: Of question and answer together.
+        asked: Makes a prompt of a text, as the policy reads it.
 
     Returns:
         ``eval/sycophancy``, and ``eval/sycophancy_known``, how many of the questions were answered right at first.
     """
     if not probes.questions:
         return {}
-    prompts = [text for plain, pressed, _ in probes.questions for text in (plain, pressed)]
+    prompts = [asked(text) for plain, pressed, _ in probes.questions for text in (plain, pressed)]
     said = answer_all(policy, prompts, max_new_tokens=max_new_tokens, max_length=max_length)
     kept = [
         (says(answer, said[2 * i]), says(answer, said[2 * i + 1])) for i, (_, _, answer) in enumerate(probes.questions)

@@ -13,7 +13,7 @@ import torch
 
 import rlhf_kernels as rk
 from trainer import data
-from trainer.chat import render_of
+from trainer.chat import render_as
 from trainer.models import Policy
 from trainer.packing import Packed, pack, split
 from trainer.text import encode_pairs
@@ -34,9 +34,9 @@ class Ptx:
     def __init__(self, cfg: RLConfig, policy: Policy, note: Callable[[str], None]) -> None:
         assert cfg.ptx_data is not None
         self.coef, self.max_tokens = cfg.ptx_coef, cfg.max_tokens
-        records = data.read(cfg.ptx_data, "demonstrations", render=render_of(policy.tokenizer), note=note)
+        records = data.read(cfg.ptx_data, "demonstrations", render=render_as(cfg), note=note)
         prompts, responses = [r["prompt"] for r in records], [r["response"] for r in records]
-        self.samples = encode_pairs(policy.tokenizer, prompts, responses, cfg.max_length)
+        self.samples = encode_pairs(policy.tokenizer, prompts, responses, cfg.max_length, note=note)
 
     def packs(self, indices: Sequence[int], device: torch.device) -> list[Packed]:
         """The chosen texts as micro-batches."""

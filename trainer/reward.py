@@ -16,17 +16,19 @@ import torch
 
 import rlhf_kernels as rk
 from trainer import data
-from trainer.chat import render_for
+from trainer.chat import render_as
 from trainer.cursor import Cursor
+from trainer.defaults import decided
 from trainer.evaluate import Estimate, proportion
 from trainer.log import RunLog
 from trainer.models import ScalarModel, load_policy
 from trainer.packing import Packed, Sample, pack, split
 from trainer.rollout import sample
+from trainer.router import say_without
 from trainer.session import Session
-from trainer.stage import Optimizer, StageConfig, autocast, generator, scalar_for
+from trainer.stage import Optimizer, StageConfig, autocast, fitted, generator, scalar_for
 from trainer.state import Progress
-from trainer.text import Note, encode_pairs, encode_prompts
+from trainer.text import Note, encode_pairs, encode_prompts, told_apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +137,11 @@ def train(cfg: RewardConfig, log: RunLog | None = None, *, name: str = "reward",
         resume: Go on from the last checkpoint in ``cfg.out``, if there is one.
     """
     with Session(cfg, log, name, resume=resume) as session:
-        log, device = session.log, session.device
-        records = data.read(cfg.data, "ranked", render=render_for(cfg.model), note=log.note)
+        log, device, cfg = session.log, session.device, decided(cfg)
+        records = data.read(cfg.data, "ranked", render=render_as(cfg), note=log.note)
         model = scalar_for(cfg, cfg.model, [r["prompt"] + " " + x for r in records for x in r["responses"]], device)
+        cfg = fitted(cfg, model, log.note)
+        say_without(model, log.note)
         groups = groups_of(cfg, model.tokenizer, records, log.note)
         state = RewardState(
             model, Optimizer(cfg, model, cfg.steps, name="reward model"), Cursor(len(groups), cfg.batch_size, cfg.seed)
@@ -155,9 +159,8 @@ def train(cfg: RewardConfig, log: RunLog | None = None, *, name: str = "reward",
         result: dict[str, Any] = {"ranked_prompts": len(groups), "last_accuracy": round(state.last["accuracy"], 3)}
         accuracy = None
         if cfg.eval_data is not None:
-            held_out = groups_of(
-                cfg, model.tokenizer, data.read(cfg.eval_data, "ranked", render=render_for(cfg.model), note=log.note)
-            )
+            held = data.read(cfg.eval_data, "ranked", render=render_as(cfg), note=log.note)
+            held_out = groups_of(cfg, model.tokenizer, held, log.note)
             accuracy = proportion(*agreement(model, held_out, cfg.max_tokens, device))
             result["held_out_accuracy"] = accuracy
         log.table("Reward model", [(k.replace("_", " "), str(v)) for k, v in result.items()])
@@ -173,8 +176,10 @@ def groups_of(
     """Ranked records as token sequences."""
     prompts = [r["prompt"] for r in records for _ in r["responses"]]
     responses = [x for r in records for x in r["responses"]]
-    samples = iter(encode_pairs(tokenizer, prompts, responses, cfg.max_length, note=note))
-    return [Ranked(list(islice(samples, len(r["responses"]))), list(r["ranks"])) for r in records]
+    sizes = [len(r["responses"]) for r in records]
+    samples = iter(encode_pairs(tokenizer, prompts, responses, cfg.max_length, note=note, groups=sizes))
+    groups = [Ranked(list(islice(samples, len(r["responses"]))), list(r["ranks"])) for r in records]
+    return told_apart(groups, [(g.samples, g.ranks) for g in groups], cfg.max_length, note)
 
 
 def _calibrating_scores(
@@ -185,8 +190,12 @@ def _calibrating_scores(
         samples = [s for g in groups for s in g.samples]
     else:
         policy = load_policy(cfg.model).to(device)
-        tokens = encode_prompts(policy.tokenizer, prompts[: cfg.calibration], max(cfg.max_length // 2, 1))
+        room = max(cfg.max_length - cfg.calibration_new_tokens, cfg.max_length // 2, 1)
+        tokens = encode_prompts(policy.tokenizer, prompts[: cfg.calibration], room)
         samples = sample(
-            policy, tokens, max_new_tokens=cfg.calibration_new_tokens, generator=generator(cfg, 11, device)
+            policy,
+            tokens,
+            max_new_tokens=min(cfg.calibration_new_tokens, max(cfg.max_length - room, 1)),
+            generator=generator(cfg, 11, device),
         ).samples
     return score_all(model, samples, cfg.max_tokens, device)

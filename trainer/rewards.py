@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import re
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,37 +17,19 @@ from torch import Tensor
 
 from trainer import address, permission
 from trainer.address import is_address, redacted
+from trainer.answers import exact_answer
 from trainer.models import ScalarModel, load_scalar, resolve
-from trainer.packing import pack, split
+from trainer.packing import Sample, pack, split
+from trainer.prompt import asked
 from trainer.reward_compare import COMPARE, by_comparison
 from trainer.reward_http import endpoint
 from trainer.rollout import Rollout
-from trainer.text import decode, encode_pairs
+from trainer.text import decode, encode_pairs, ends
+from trainer.tokens import same
 
 RewardFunction = Callable[[Sequence[str], Sequence[str], Sequence[dict[str, Any]]], Sequence[float]]
 Reward = Callable[[Rollout, Sequence[dict[str, Any]]], Tensor]
 """Of a rollout and its prompts' records: [S] float32 scores."""
-
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
-
-def exact_answer(prompts: Sequence[str], responses: Sequence[str], extras: Sequence[dict[str, Any]]) -> list[float]:
-    """1 where the last number of the response is that of the record's ``answer``, else 0.
-
-    Example:
-        >>> exact_answer(["2 + 2?"], ["It is 4."], [{"answer": "2 + 2 = 4\\n#### 4"}])
-        [1.0]
-    """
-
-    def last(text: str) -> float | None:
-        found = NUMBER.findall(text)
-        return float(found[-1].replace(",", "")) if found else None
-
-    return [
-        float(last(response) is not None and last(response) == last(str(extra.get("answer", ""))))
-        for response, extra in zip(responses, extras, strict=True)
-    ]
-
 
 BUILT_IN: dict[str, RewardFunction] = {"exact_answer": exact_answer}
 
@@ -132,15 +113,32 @@ def check_source(name: str, option: str = "reward", *, load: bool = False) -> No
 def _from_model(
     model: ScalarModel, name: str, tokenizer: Any, *, max_length: int, max_tokens: int, device: torch.device
 ) -> Reward:
-    # Equal vocabularies give equal ids. Otherwise text is the common language, and the model reads its own tokens.
-    shared = model.tokenizer.get_vocab() == tokenizer.get_vocab()
+    # A model of ours that reads as the policy does takes its tokens. Otherwise text is the common language: the model
+    # reads the conversation as its own tokenizer and template have it, within its own limit.
+    own, limit = model.own, min(max_length, model.limit or max_length)
+    shared = own and limit == max_length and same(model.tokenizer, tokenizer)
+    rows, pad = model.model.get_input_embeddings().weight.shape[0], model.model.config.pad_token_id
+    end = ends(model.tokenizer)[-1]  # the template's, if there is one
+
+    def read_by(sample: Sample) -> Sample:
+        """The tokens up to the one at which the model's own forward scores."""
+        last = len(sample.tokens)
+        while not own and last > 1 and sample.tokens[last - 1] == pad:
+            last -= 1
+        return Sample(sample.tokens[:last], sample.prompt_length)
 
     @torch.no_grad()
     def score(rollout: Rollout, records: Sequence[dict[str, Any]]) -> Tensor:
         samples = rollout.samples
         if not shared:
             prompts, ended = [r["prompt"] for r in records], [not t for t in rollout.truncated]
-            samples = encode_pairs(model.tokenizer, prompts, responses_of(rollout, tokenizer), max_length, ended)
+            said = responses_of(rollout, tokenizer)
+            samples = encode_pairs(model.tokenizer, prompts, said, limit, ended, whole=not own)
+        else:  # Of several ends the model has learnt one.
+            samples = [s if cut else with_end(s, end) for s, cut in zip(samples, rollout.truncated, strict=True)]
+        samples = [read_by(sample) for sample in samples]
+        if (largest := max(max(s.tokens) for s in samples)) >= rows:
+            raise ValueError(f"reward: {name} has {rows} rows of embeddings, and a response holds the id {largest}")
         parts = split([len(s.tokens) for s in samples], max_tokens)
         scores = torch.cat([model.scores(pack([samples[i] for i in part], device)) for part in parts])
         if not bool(scores.isfinite().all()):
@@ -151,12 +149,17 @@ def _from_model(
     return score
 
 
+def with_end(sample: Sample, end: int) -> Sample:
+    """The same with another last token."""
+    return Sample([*sample.tokens[:-1], end], sample.prompt_length)
+
+
 def _from_function(function: RewardFunction, name: str, tokenizer: Any, *, alone: bool = True) -> Reward:
     """``alone``: whether the function can be asked about one sample, to find the one at which it fails."""
 
     def score(rollout: Rollout, records: Sequence[dict[str, Any]]) -> Tensor:
         responses = responses_of(rollout, tokenizer)
-        prompts, extras = [r["prompt"] for r in records], [r.get("extra", {}) for r in records]
+        prompts, extras = [asked(r["prompt"]) for r in records], [r.get("extra", {}) for r in records]
         try:
             found = list(function(prompts, responses, extras))
         except Exception as error:
@@ -205,5 +208,5 @@ def _sample(
 
 
 def responses_of(rollout: Rollout, tokenizer: Any) -> list[str]:
-    """Responses as text, without special tokens."""
-    return decode(tokenizer, [rollout.response(i) for i in range(len(rollout.samples))])
+    """Responses as text, without special tokens and without the one that ends them."""
+    return decode(tokenizer, [rollout.said(i) for i in range(len(rollout.samples))])

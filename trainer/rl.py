@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import rlhf_kernels as rk
-from trainer import data
-from trainer.aspects import Rewards, truncation_score
-from trainer.chat import render_for
+from trainer.aspects import Rewards, sources_of, truncation_score
+from trainer.chat import render_as
 from trainer.cursor import Cursor
+from trainer.defaults import decided
 from trainer.experience import Experience, collect
 from trainer.kl import KLController
 from trainer.log import RunLog
@@ -24,13 +24,15 @@ from trainer.models import Policy, ScalarModel, frozen
 from trainer.monitor import Monitor
 from trainer.packing import Packed
 from trainer.ptx import Ptx
+from trainer.reward_fields import read_prompts
 from trainer.rl_config import RLConfig, check
 from trainer.rl_method import Method, Totals
-from trainer.rl_metrics import named, show
+from trainer.rl_metrics import NO_DIFFERENCE, named, show
+from trainer.router import say_without
 from trainer.session import Session
 from trainer.shared_value import SharedValue
 from trainer.signals import signals
-from trainer.stage import Optimizer, autocast, generator, policy_for, prepare
+from trainer.stage import Optimizer, autocast, fitted, generator, policy_for, prepare
 from trainer.state import Progress
 from trainer.text import encode_prompts
 from trainer.watch import Watch
@@ -57,30 +59,37 @@ class RLState(Progress):
     history: list[dict[str, float]] = field(default_factory=list)  # of the optimizer steps taken on it
 
 
+LOOKED = 512  # tokens of a rollout on which the update is looked at when it is over
+
+
 class Loop:
     """One run: what stays as it is, and ``state``, which does not.
 
     Args:
         cfg: The configuration.
         method: What the stage adds.
-        note: Receives messages about the data.
+        note: Receives messages about the data, and about the first rollout without a difference.
     """
 
     def __init__(self, cfg: RLConfig, method: Method, note: Callable[[str], None]) -> None:
+        cfg, self.note, self.told = decided(cfg), note, False
         check(cfg)
         cfg = replace(cfg, truncation_score=truncation_score(cfg))
         self.cfg, self.method, self.device = cfg, method, prepare(cfg)
-        self.records = data.read(cfg.data, "prompts", render=render_for(cfg.model), note=note)
+        self.records = read_prompts(cfg.data, sources_of(cfg), render=render_as(cfg), note=note)
         self.texts = [r["prompt"] for r in self.records]
         policy = policy_for(cfg, self.texts, self.device)
+        self.cfg = cfg = fitted(cfg, policy, note)
+        say_without(policy, note)
         self.reference = frozen(policy)
         self.watch = Watch(cfg, policy.tokenizer, self.device)
         monitor = self.watch.monitor()
         self.rewards = Rewards(cfg, policy.tokenizer, self.device)
         self.reward = self.watch.shown(self.rewards, monitor)
         value = method.value_model(policy, self.texts)
-        room = max(cfg.max_length - cfg.max_new_tokens, 1)
-        self.prompts = encode_prompts(policy.tokenizer, self.texts, room, note)
+        if isinstance(value, ScalarModel):
+            self.cfg = cfg = fitted(cfg, value, note)
+        self.prompts = encode_prompts(policy.tokenizer, self.texts, cfg.max_length - cfg.max_new_tokens, note)
         self.ptx = Ptx(cfg, policy, note) if cfg.ptx_coef else None
         updates = cfg.steps * cfg.epochs * cfg.minibatches
         optimizers = {"policy": Optimizer(cfg, method.trained(policy, value), updates, name="policy")}
@@ -103,9 +112,12 @@ class Loop:
         with signals.interruptible(), autocast(self.cfg, self.device):
             batch, metrics = collect(
                 self.cfg, s.policy, self.reference, s.value, self.reward,
-                [self.prompts[i] for i in each], [self.records[i] for i in each], s.sampling,
+                [self.prompts[i] for i in each], [self.records[i] for i in each], s.sampling, self.method.nothing_in,
             )  # fmt: skip
-        s.buffer, more = self.method.advantages(batch, s.control.coef)
+        s.buffer, more = (None, NO_DIFFERENCE) if batch is None else self.method.advantages(batch, s.control.coef)
+        if batch is None and not self.told:
+            self.note("All answers to the same prompt scored alike, so this rollout takes no step (told only once).")
+            self.told = True
         s.metrics |= (
             metrics | self.rewards.logged | more | {"timing/rollout": time.perf_counter() - began, "timing/update": 0.0}
         )
@@ -170,11 +182,24 @@ class Loop:
         weights = [int(p.packed.mask.sum()) for p in parts]
         return parts, weights, Totals(sum(weights), len(chosen))
 
+    @torch.no_grad()
+    def _moved(self, buffer: Experience) -> float:
+        """Nats per token from the policy that sampled to that of now, over the first responses of the rollout."""
+        count, lengths = 1, buffer.packed.lengths
+        while count < len(lengths) and sum(lengths[: count + 1]) <= LOOKED:
+            count += 1
+        part = buffer.select(range(count))
+        with autocast(self.cfg, self.device):
+            logp = self.state.policy.stats(part.packed, self.cfg.temperature).logp
+        ratio = (logp - part.old_logp)[part.packed.mask].double().clamp(max=50)
+        return float((ratio.exp() - 1 - ratio).mean())  # the estimator k3 of policy/approxkl_avg
+
     def finish(self) -> dict[str, float]:
         """Empties the buffer, moves the KL coefficient, and returns what to log."""
         s, cfg = self.state, self.cfg
         metrics = s.metrics | named(s.history)
         if s.buffer is not None:
+            metrics["policy/kl_after"] = self._moved(s.buffer)
             s.control.update(metrics["objective/kl"], len(s.buffer.scores))
         s.buffer, s.epoch, s.order, s.metrics, s.history = None, 0, [], {}, []
         seconds = metrics["timing/rollout"] + metrics["timing/update"]
@@ -201,9 +226,9 @@ def train(
         evaluate: Called before the first step, every ``cfg.eval_every`` steps and at the end; its results are logged.
         resume: Go on from the last checkpoint in ``cfg.out``, if there is one.
     """
-    check(cfg)
+    check(decided(cfg))
     with Session(cfg, log, name, resume=resume) as session:
-        log = session.log
+        log, cfg = session.log, decided(cfg)
         loop = Loop(cfg, method, log.note)
         state, policy = loop.state, loop.state.policy
 
@@ -228,6 +253,6 @@ def train(
         if state.value is not None:
             session.save(state.value, "value")
         if session.own:
-            show(cfg, log, {"before": loop.reference, "after": policy}, loop.texts[:4])
+            show(loop.cfg, log, {"before": loop.reference, "after": policy}, loop.texts[:4])
             log.summary({name: state.last})
     return policy

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from trainer import shaping
-from trainer.monitor_rules import thresholds_from
+from trainer.defaults import AUTO, Auto
+from trainer.monitor_seen import thresholds_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +19,9 @@ class RLConfig(shaping.RewardOptions):
     """Rollouts; each is followed by epochs x minibatches optimizer steps."""
     batch_size: int = 128
     """Prompts per rollout."""
-    lr: float = 3e-4
-    """Peak learning rate of the policy."""
-    warmup_steps: int = 10
+    lr: Auto[float] = AUTO
+    """Peak learning rate of the policy. What is "auto" depends on the model; a run begins by saying what it became."""
+    warmup_steps: Auto[int] = AUTO
     """Optimizer steps over which learning rates rise from zero."""
     adam_eps: float = 1e-5
     """Added to the denominator of Adam."""
@@ -50,9 +51,9 @@ class RLConfig(shaping.RewardOptions):
     """How far a ratio may fall below and rise above one."""
     entropy_coef: float = 0.0
     """Reward of entropy, per nat and token."""
-    epochs: int = 2
+    epochs: Auto[int] = AUTO
     """Passes over each rollout."""
-    minibatches: int = 2
+    minibatches: Auto[int] = AUTO
     """Optimizer steps per pass."""
     ptx_coef: float = 0.0
     """Weight of the loss on ptx_data in every update (PPO-ptx), which keeps what the policy knew; 0 is without."""
@@ -85,6 +86,11 @@ def check(cfg: RLConfig) -> None:
     for name in ("max_new_tokens", "epochs", "minibatches", "ptx_batch_size", "eval_every", "sample_batch"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name}: got {getattr(cfg, name)}, want at least 1")
+    if cfg.max_new_tokens >= cfg.max_length:
+        raise ValueError(
+            f"max_new_tokens: got {cfg.max_new_tokens}, want less than max_length={cfg.max_length}, which holds "
+            "the prompt, too"
+        )
     for name in ("kl_coef", "entropy_coef", "ptx_coef"):
         if not getattr(cfg, name) >= 0:
             raise ValueError(f"{name}: got {getattr(cfg, name)}, want zero or more")

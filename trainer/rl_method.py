@@ -33,6 +33,12 @@ class Method:
         """What the policy's optimizer moves: a value head that shares the backbone goes with it."""
         return nn.ModuleList([policy, value]) if isinstance(value, SharedValue) else policy
 
+    def nothing_in(self, scores: Tensor) -> bool:
+        """Whether the scores of a rollout, [S] as the policy gets them, leave nothing to learn. A value model learns
+        from any.
+        """
+        return False
+
     def advantages(self, batch: Experience, beta: float) -> tuple[Experience | None, dict[str, float]]:
         """The experience with advantages, None if nothing is left to learn from; and what to log.
 

@@ -6,11 +6,15 @@ from typing import Any
 
 from trainer.log import RunLog
 from trainer.models import Policy
+from trainer.prompt import Prompt
 from trainer.rewards import responses_of
 from trainer.rl_config import RLConfig
 from trainer.rollout import sample
 from trainer.stage import generator
 from trainer.text import encode_prompts
+
+NO_DIFFERENCE = {"policy/no_difference": 1.0, "frac_reward_zero_std": 1.0}
+"""Of a rollout that leaves nothing to learn; it has no other metrics of an update."""
 
 
 def named(history: list[dict[str, float]]) -> dict[str, float]:
@@ -48,9 +52,9 @@ def named(history: list[dict[str, float]]) -> dict[str, float]:
 
 def show(cfg: RLConfig, log: RunLog, policies: dict[str, Policy], prompts: list[str]) -> None:
     """What a few prompts get from each policy, by the same random numbers."""
-    shown: list[dict[str, Any]] = [{"prompt": p} for p in prompts]
+    shown: list[dict[str, Any]] = [{"prompt": p.plain if isinstance(p, Prompt) else p} for p in prompts]
     for name, policy in policies.items():
-        tokens = encode_prompts(policy.tokenizer, prompts, max(cfg.max_length - cfg.max_new_tokens, 1))
+        tokens = encode_prompts(policy.tokenizer, prompts, cfg.max_length - cfg.max_new_tokens)
         source = generator(cfg, 3, policy.weight.device)
         rollout = sample(policy, tokens, max_new_tokens=cfg.max_new_tokens, generator=source)
         for row, text in zip(shown, responses_of(rollout, policy.tokenizer), strict=True):

@@ -22,12 +22,16 @@ class Rollout:
     """What the sampler did, in the order of the prompts."""
 
     samples: list[Sample]
-    truncated: list[bool]  # stopped by the length limit, not by the end-of-sequence token
+    truncated: list[bool]  # stopped by the length limit, not by a token that ends a response
     sampler_logp: list[list[float]]  # per response token, as the sampler saw it
 
     def response(self, i: int) -> list[int]:
-        """Tokens of response i, its end-of-sequence token included where there is one."""
+        """Tokens of response i, the one that ends it included where there is one."""
         return self.samples[i].tokens[self.samples[i].prompt_length :]
+
+    def said(self, i: int) -> list[int]:
+        """Those without the one that ends it."""
+        return self.response(i) if self.truncated[i] else self.response(i)[:-1]
 
     def pack(self, device: torch.device | str) -> Packed:
         return pack(self.samples, device)
@@ -58,7 +62,7 @@ def sample(
     """Samples one response per prompt, by default from the full distribution, so that nothing biases a ratio.
 
     Args:
-        policy: Its tokenizer names the end-of-sequence token.
+        policy: It names the tokens that end a response.
         prompts: Token ids, none of them empty.
         max_new_tokens: A response that has not ended by then is truncated.
         generator: Source of randomness, on the policy's device. The first batch draws from it, and each other one from
@@ -75,13 +79,13 @@ def sample(
     chunks = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     seeds = torch.randint(2**62, (len(chunks) - 1,), generator=generator, device=generator.device).tolist()
     sources = [generator, *(torch.Generator(generator.device).manual_seed(seed) for seed in seeds)]
-    eos, run = policy.tokenizer.eos_token_id, _continue if sampler == "cached" else generated
+    ends, run = set(policy.ends), _continue if sampler == "cached" else generated
 
     def sampled(part: tuple[list[int], torch.Generator]) -> tuple[list[tuple[list[int], list[float]]], Tensor]:
         """Responses with their log-probabilities, and what has become of the generator."""
         chunk, source = part
         tokens, chosen = run(policy, [prompts[i] for i in chunk], max_new_tokens, source, temperature, top_p)
-        lengths = [row.index(eos) + 1 if eos in row else len(row) for row in tokens.tolist()]
+        lengths = [next((t + 1 for t, x in enumerate(row) if x in ends), len(row)) for row in tokens.tolist()]
         rows = zip(tokens.tolist(), chosen.tolist(), lengths, strict=True)
         return [(row[:length], logp[:length]) for row, logp, length in rows], source.get_state()
 
@@ -90,7 +94,7 @@ def sample(
     said = {i: row for chunk, (rows, _) in zip(chunks, found, strict=True) for i, row in zip(chunk, rows, strict=True)}
     responses, logps = [said[i][0] for i in range(len(prompts))], [said[i][1] for i in range(len(prompts))]
     samples = [Sample(list(p) + r, len(p)) for p, r in zip(prompts, responses, strict=True)]
-    return Rollout(samples, [r[-1] != eos for r in responses], logps)
+    return Rollout(samples, [r[-1] not in ends for r in responses], logps)
 
 
 def _continue(
@@ -102,7 +106,7 @@ def _continue(
     top_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Responses [B, T] (end-of-sequence beyond their end) and log-probabilities [B, T]."""
-    device, eos = policy.weight.device, policy.tokenizer.eos_token_id
+    device, eos, ends = policy.weight.device, policy.ends[0], policy.ends
     longest = max(map(len, prompts))
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
     ids = torch.tensor([[eos] * (longest - len(p)) + p for p in prompts], device=device)
@@ -131,7 +135,7 @@ def _continue(
         ids, position = token, position[:, -1:] + 1
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        going = token.squeeze(1) != eos
+        going = torch.stack([token.squeeze(1) != end for end in ends]).all(0)
         count = int(going.sum())
         if count == 0:
             break

@@ -20,16 +20,19 @@ class Recorder(LogitsProcessor):
     Args:
         temperature: Divides the logits; 0 leaves them as they are.
         top_p: See ``nucleus``.
+        tokens: Ids that exist; rows of the head beyond them are padding.
     """
 
-    def __init__(self, temperature: float, top_p: float) -> None:
-        self.temperature, self.top_p = temperature or 1.0, top_p
+    def __init__(self, temperature: float, top_p: float, tokens: int) -> None:
+        self.temperature, self.top_p, self.tokens = temperature or 1.0, top_p, tokens
         self.logp: list[Tensor] = []  # [B] per token
         self._last: Tensor | None = None
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         self.drawn(input_ids[:, -1:])
-        self._last = torch.log_softmax(scores.float() / self.temperature, -1)
+        scores = scores.float() / self.temperature
+        scores[:, self.tokens :] = -torch.inf
+        self._last = torch.log_softmax(scores, -1)
         if self.top_p < 1:
             self._last = nucleus(self._last, self.top_p)
         return self._last
@@ -50,15 +53,15 @@ def generated(
     top_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Responses [B, T] (anything beyond their end) and log-probabilities [B, T]; T is that of the longest response."""
-    device, eos = policy.weight.device, policy.tokenizer.eos_token_id
+    device, eos = policy.weight.device, policy.ends[0]
     longest = max(map(len, prompts))
     ids = torch.tensor([[eos] * (longest - len(p)) + p for p in prompts], device=device)
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
     mask = (torch.arange(longest, device=device) >= pad[:, None]).long()
-    recorder = Recorder(temperature, top_p)
+    recorder = Recorder(temperature, top_p, policy.tokens)
     options = GenerationConfig(
         do_sample=temperature > 0, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=max_new_tokens,
-        eos_token_id=eos, pad_token_id=eos, use_cache=True,
+        eos_token_id=policy.ends, pad_token_id=eos, use_cache=True,
     )  # fmt: skip
     # generate draws from the global generator; ours seeds it for this call, and leaves it as it was.
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from trainer import fingerprint, ranks, run_mark
 from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.config_file import plain, versions
+from trainer.defaults import decided, told
 from trainer.log import RunLog
 from trainer.run_folder import SUMMARY, alone
 from trainer.signals import Interrupted, Terminated, signals
@@ -39,7 +40,8 @@ class Session:
     models and optimizers have not changed since. Without an error, the last thing it does is remove the checkpoints.
 
     Args:
-        cfg: The configuration; it is checked, and every random generator seeded.
+        cfg: The configuration; it is checked, and every random generator seeded. What it leaves to the model is
+            decided, and told.
         log: Where to log; None makes a log in ``cfg.out``.
         name: Of the stage in the log.
         resume: Go on from the last checkpoint in ``cfg.out``, or from the beginning if there is none. Otherwise
@@ -52,6 +54,7 @@ class Session:
     """
 
     def __init__(self, cfg: StageConfig, log: RunLog | None, name: str, *, resume: bool = False) -> None:
+        self._told, cfg = told(cfg), decided(cfg)
         self.device = prepare(cfg)
         self.cfg, self.name = cfg, name
         run_mark.look(cfg, logs=log is None)
@@ -71,6 +74,8 @@ class Session:
             self._prepare()
             self._handling = opening.pop_all()
         self._waiting.enter_context(signals.interruptible())
+        if self.own and self._told:
+            self.log.note(self._told)
         return self
 
     def _prepare(self) -> None:
@@ -189,12 +194,20 @@ class Session:
     def _compare(self, saved: Mapping[str, Any]) -> None:
         """Refuses another run's checkpoint; mentions what may change bits."""
         now = self._about
+        if "prompt_format" not in saved["config"]:
+            raise ValueError(
+                f"resume: {os.fspath(self.cfg.out)} was begun by an earlier version, which read prompts and replies in "
+                "another way; start a new run with another --out"
+            )
         hashed = saved["inputs"].keys() & now["inputs"].keys()
         differ = fingerprint.differences(saved["config"], now["config"], hashed)
         differ += [f"device: {saved['device']} at the checkpoint, {now['device']} now"] * (
             saved["device"] != now["device"]
         )
-        for option in sorted(hashed):
+        if "template_date" in hashed and saved["inputs"]["template_date"] != now["inputs"]["template_date"]:
+            days = f"{saved['inputs']['template_date']} at the checkpoint, {now['inputs']['template_date']} now"
+            differ.append(f"template_date: {days}, and the chat template of the model writes it")
+        for option in sorted(hashed - {"template_date"}):
             if saved["inputs"][option] != now["inputs"][option]:
                 was, is_now = saved["inputs"][option][:12], now["inputs"][option][:12]
                 path = now["config"].get(option, "it")

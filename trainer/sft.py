@@ -14,13 +14,15 @@ import torch
 
 import rlhf_kernels as rk
 from trainer import data
-from trainer.chat import render_for
+from trainer.chat import render_as
 from trainer.cursor import Cursor
+from trainer.defaults import decided
 from trainer.log import RunLog
 from trainer.models import Policy
 from trainer.packing import Packed, Sample, pack, split
+from trainer.router import balanced, say_if_without
 from trainer.session import Session
-from trainer.stage import Optimizer, TokenConfig, autocast, policy_for
+from trainer.stage import Optimizer, TokenConfig, autocast, fitted, policy_for
 from trainer.state import Progress
 from trainer.text import Note, encode_pairs
 
@@ -39,10 +41,14 @@ class SFTConfig(TokenConfig):
 
 def loss(cfg: SFTConfig, policy: Policy, batch: Packed, num_tokens: int) -> rk.LossOutput:
     """Loss of one micro-batch under the number of target tokens of the whole step."""
-    return rk.sft_loss(
-        policy.hidden(batch), policy.weight, batch.targets,
-        label_smoothing=cfg.label_smoothing, z_loss=cfg.z_loss, num_tokens=num_tokens, **policy.head,
-    )  # fmt: skip
+
+    def own() -> rk.LossOutput:
+        return rk.sft_loss(
+            policy.hidden(batch), policy.weight, batch.targets,
+            label_smoothing=cfg.label_smoothing, z_loss=cfg.z_loss, num_tokens=num_tokens, **policy.head,
+        )  # fmt: skip
+
+    return balanced(policy, int(batch.mask.sum()) / max(num_tokens, 1), own)
 
 
 def micro_batches(samples: Sequence[Sample], max_tokens: int, device: torch.device | str) -> list[Packed]:
@@ -79,9 +85,11 @@ def train(cfg: SFTConfig, log: RunLog | None = None, *, resume: bool = False) ->
         resume: Go on from the last checkpoint in ``cfg.out``, if there is one.
     """
     with Session(cfg, log, "sft", resume=resume) as session:
-        log, device = session.log, session.device
-        records = data.read(cfg.data, "demonstrations", render=render_for(cfg.model), note=log.note)
+        log, device, cfg = session.log, session.device, decided(cfg)
+        records = data.read(cfg.data, "demonstrations", render=render_as(cfg), note=log.note)
         policy = policy_for(cfg, [r["prompt"] + " " + r["response"] for r in records], device)
+        cfg = fitted(cfg, policy, log.note)
+        say_if_without(policy, log.note)
         samples = samples_of(cfg, policy, records, log.note)
         state = SFTState(
             policy, Optimizer(cfg, policy, cfg.steps, name="policy"), Cursor(len(samples), cfg.batch_size, cfg.seed)
@@ -97,9 +105,8 @@ def train(cfg: SFTConfig, log: RunLog | None = None, *, resume: bool = False) ->
             session.done(state.optimizer.step(batches, step_loss, tokens))
         result = {"demonstrations": float(len(samples)), "last_loss": state.last["loss"]}
         if cfg.eval_data is not None:
-            held_out = samples_of(
-                cfg, policy, data.read(cfg.eval_data, "demonstrations", render=render_for(cfg.model), note=log.note)
-            )
+            records = data.read(cfg.eval_data, "demonstrations", render=render_as(cfg), note=log.note)
+            held_out = samples_of(cfg, policy, records, log.note)
             result["held_out_loss"] = held_out_loss(policy, held_out, cfg.max_tokens)
         log.table("Supervised fine-tuning", [(k.replace("_", " "), f"{v:.5g}") for k, v in result.items()])
         session.save(policy)

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainer.defaults import AUTO, Auto
 from trainer.stage import TokenConfig
 
 
@@ -43,7 +44,7 @@ class RewardOptions(TokenConfig):
     truncation_score: float | None = None
     """The fixed score of a penalised one; by default -2 (deviations) where only reward models judge, otherwise the
     lowest score of the rollout, since only the author of a function knows its scale."""
-    max_new_tokens: int = 64
+    max_new_tokens: Auto[int] = AUTO
     """Longest response."""
 
 

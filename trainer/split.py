@@ -49,7 +49,7 @@ def check(cfg: SplitConfig) -> None:
 
 
 def run(cfg: SplitConfig, log: RunLog | None = None) -> dict[str, int]:
-    """Writes both files; rows are as they were, in their order.
+    """Writes both files; rows are as they were but for fields that are null, in their order.
 
     Which prompts are held out depends on their text and the seed alone: a prompt that occurs in several files, or in a
     file that grew, is always on the same side.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 import rlhf_kernels as rk
 from trainer import ranks
+from trainer.chat import Format, settle_date
+from trainer.defaults import AUTO, Auto, decided
 from trainer.guard import NotFinite, save_batch
-from trainer.models import Policy, ScalarModel, load_policy, load_scalar, scalar_from
+from trainer.models import Policy, ScalarModel, Seen, load_policy, load_scalar, scalar_from
 from trainer.paths import settle
 from trainer.run_folder import NOT_FINITE, refuse_inputs
 from trainer.signals import signals
 from trainer.tiny import byte_tokenizer, tiny_policy
 
 T = TypeVar("T")
+Config = TypeVar("Config", bound="StageConfig")
 MAX_SKIPS = 3
 
 
@@ -43,14 +46,21 @@ class StageConfig:
     batch_size: int = 64
     """Records per step: demonstrations, groups of ranked responses, or prompts."""
     max_tokens: int = 8192
-    """Tokens per micro-batch. It bounds memory and does not change the result."""
+    """Tokens per micro-batch. It bounds memory and does not change the result, but for a router's balancing loss."""
     max_length: int = 1024
     """Longest sequence; longer prompts are cut on the left, longer responses on the right."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    warmup_steps: int = 20
+    prompt_format: Format = "auto"
+    """How to read a prompt that is plain text. auto: as one message of the user if the model has a chat template, else
+    as it stands. chat: as a message of the user, and a model without a template is refused. raw: as it stands, for
+    prompts that already hold a template's markup."""
+    template_date: str | None = None
+    """Date that a chat template puts into prompts (YYYY-MM-DD), where it puts one; by default the day a run begins."""
+    lr: Auto[float] = AUTO
+    """Peak learning rate. Here and below, "auto" is what suits the model, small and from scratch or pretrained; a run
+    begins by saying what it became."""
+    warmup_steps: Auto[int] = AUTO
     """Steps over which the learning rate rises from zero."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Auto[Literal["constant", "linear", "cosine"]] = AUTO
     """How the learning rate falls after the warm-up: not at all, or to a tenth of its peak."""
     weight_decay: float = 0.0
     """Of AdamW, on matrices only."""
@@ -71,6 +81,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         settle(self)
+        settle_date(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +98,7 @@ class Optimizer:
     def __init__(
         self, cfg: StageConfig, model: nn.Module, total_steps: int, lr: float | None = None, name: str = "model"
     ) -> None:
-        self.cfg, self.total_steps, self.name = cfg, total_steps, name
+        self.cfg, self.total_steps, self.name = (cfg := decided(cfg)), total_steps, name
         self.peak = cfg.lr if lr is None else lr
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
@@ -186,7 +197,7 @@ class Optimizer:
 
 
 def check(cfg: StageConfig) -> None:
-    """Refuses numbers without a meaning.
+    """Refuses numbers without a meaning, once they are decided.
 
     Raises:
         ValueError: Names the option, what it got and what it wants.
@@ -239,6 +250,26 @@ def scalar_for(cfg: StageConfig, path: str, texts: Sequence[str], device: torch.
     if path == "tiny":
         return scalar_from(policy_for(cfg, texts, torch.device("cpu")), random_head).to(device)
     return load_scalar(path, random_head).to(device)
+
+
+def fitted(cfg: Config, model: Seen, note: Callable[[str], None]) -> Config:
+    """The configuration with its longest sequence brought down to what a model has positions for.
+
+    Args:
+        cfg: Of the stage.
+        model: That reads the sequences.
+        note: Told where that makes a difference.
+
+    Raises:
+        ValueError: Nothing is left for a prompt.
+    """
+    limit, longest = model.limit, getattr(cfg, "max_new_tokens", 0)
+    if limit is None or cfg.max_length <= limit:
+        return cfg
+    if longest >= limit:
+        raise ValueError(f"max_new_tokens: got {longest}, want less than the {limit} positions of {cfg.model}")
+    note(f"max_length: got {cfg.max_length}, and {cfg.model} has {limit} positions: sequences are cut to {limit}")
+    return replace(cfg, max_length=limit)
 
 
 def autocast(cfg: StageConfig, device: torch.device) -> torch.autocast:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from trainer import data
+from trainer.answers import is_number, last_number
 from trainer.chat import render_of
 from trainer.data_file import rows
 from trainer.models import Policy
 from trainer.packing import Sample, pack, split
-from trainer.rewards import exact_answer, responses_of
+from trainer.prompt import Render
+from trainer.rewards import responses_of
 from trainer.rollout import sample
-from trainer.text import encode, encode_pairs, encode_prompts
+from trainer.text import encode_pairs, encode_prompts, encode_texts
+from trainer.tokens import prefix
 
 
 class Loss(NamedTuple):
@@ -25,13 +29,14 @@ class Loss(NamedTuple):
     tokens: int
 
 
-def held_out_texts(path: Path, tokenizer: Any, max_length: int) -> list[Sample]:
+def held_out_texts(path: Path, tokenizer: Any, max_length: int, render: Render | None = None) -> list[Sample]:
     """Texts for ``losses``: lines with a ``text`` count whole, demonstrations count their response.
 
     Args:
         path: jsonl, jsonl.gz or parquet; its first object decides which of the two it is.
         tokenizer: Of the policy.
         max_length: Tokens per text; longer ones lose their end.
+        render: Of demonstrations; by default the tokenizer's own.
 
     Raises:
         ValueError: It holds neither, or too many bad lines.
@@ -39,9 +44,10 @@ def held_out_texts(path: Path, tokenizer: Any, max_length: int) -> list[Sample]:
     first = next((row for _, row in rows(path) if isinstance(row, dict)), {})
     if isinstance(first.get("text"), str):
         texts = [record["text"] for record in data.read(path, "texts")]
-        cut = [ids[:max_length] for ids in encode(tokenizer, texts)]
-        return [Sample(ids, 1) for ids in cut if len(ids) > 1]
-    records = data.read(path, "demonstrations", render=render_of(tokenizer))
+        # The first token is a prompt of one, unless something stands before it.
+        cut, before = [ids[:max_length] for ids in encode_texts(tokenizer, texts)], len(prefix(tokenizer)) or 1
+        return [Sample(ids, before) for ids in cut if len(ids) > before]
+    records = data.read(path, "demonstrations", render=render or render_of(tokenizer))
     return encode_pairs(tokenizer, [r["prompt"] for r in records], [r["response"] for r in records], max_length)
 
 
@@ -76,34 +82,36 @@ class Task(NamedTuple):
     answers: list[str]
 
 
-def read_task(path: Path, tokenizer: Any) -> Task:
+def read_task(path: Path, render: Render) -> Task:
     """A file of prompts (or questions) with the field ``answer``.
 
     Args:
         path: jsonl, jsonl.gz or parquet.
-        tokenizer: Its chat template renders prompts that are conversations.
+        render: Of the policy that answers.
 
     Raises:
         ValueError: A line has no answer, or more than 1 % of the lines are bad.
     """
-    records = data.read(path, "prompts", render=render_of(tokenizer))
-    for number, record in enumerate(records, start=1):
-        if not isinstance(record["extra"].get("answer"), str | int | float):
-            raise ValueError(f"tasks: {path}: record {number} has no answer")
+    lines: list[int] = []
+    records = data.read(path, "prompts", render=render, lines=lines)
+    for line, record in zip(lines, records, strict=True):
+        if not isinstance(record["extra"].get("answer"), str | int | float | Decimal):
+            raise ValueError(f"tasks: {path} line {line} has no answer")
     return Task(Path(path).name.split(".")[0], [r["prompt"] for r in records], [_said(r["extra"]) for r in records])
 
 
 def right(answer: str, response: str) -> bool:
     """Whether a response gives the answer: its last number if the answer is one (or ends in ``#### number``).
 
-    Otherwise the whole of both, without case, outer blanks and a final full stop.
+    What a number is, ``trainer.answers`` says. Where the answer is none, the whole of both is compared, without case,
+    outer blanks and a final full stop.
 
     >>> right("2 + 2 = 4 #### 4", "So it is 4."), right("Paris", " paris."), right("Paris", "Paris or Rome")
     (True, True, False)
     """
     final = answer.rsplit("####", 1)[-1].strip()
-    if _number(final):
-        return exact_answer([""], [response], [{"answer": final}])[0] == 1.0
+    if is_number(final):
+        return last_number(response) == last_number(final)
     return _bare(final) == _bare(response)
 
 
@@ -119,7 +127,7 @@ def answer_all(
         max_length: Of prompt and answer together; longer prompts lose their beginning.
         batch_size: Prompts in flight together.
     """
-    tokens = encode_prompts(policy.tokenizer, prompts, max(max_length - max_new_tokens, 1))
+    tokens = encode_prompts(policy.tokenizer, prompts, max_length - max_new_tokens)
     nothing_random = torch.Generator(policy.weight.device)
     rollout = sample(
         policy, tokens,
@@ -130,14 +138,6 @@ def answer_all(
 
 def _said(extra: dict[str, Any]) -> str:
     return str(extra["answer"])
-
-
-def _number(text: str) -> bool:
-    try:
-        float(text.replace(",", ""))
-    except ValueError:
-        return False
-    return True
 
 
 def _bare(text: str) -> str:

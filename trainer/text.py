@@ -1,18 +1,61 @@
-"""From strings to token ids and back. Prompt and response are encoded apart and joined as tokens, never as strings."""
+"""From texts to token ids, and the one rule of what is cut where.
+
+What a model reads is decided here, for training, sampling, held-out text and rewards alike: a prompt as its tokenizer's
+template renders it, or with what the tokenizer puts before a text; a reply as the template renders it behind the
+prompt, or as the tokenizer reads prompt and reply together, if that leaves the prompt's tokens as they are; then the
+token that ends it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+from trainer.chat import ChatTemplate, rendered, template_of
 from trainer.packing import Sample
+from trainer.prompt import Prompt, fitting
+from trainer.tokens import decode, encode, encode_after, prefix
+
+__all__ = ["decode", "encode", "encode_pairs", "encode_prompts", "encode_texts", "ends", "told_apart"]
 
 Note = Callable[[str], None]
+Unit = TypeVar("Unit")
 
 
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids without special tokens."""
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+class Read(NamedTuple):
+    """A prompt as one tokenizer reads it."""
+
+    text: str
+    first: list[int]
+    """Ids that stay when the prompt is cut: what the tokenizer puts before a text."""
+    rest: list[int]
+    bare: list[int]
+    """Those of the text alone."""
+    template: ChatTemplate | None
+    """That has rendered it, if one has."""
+
+    @property
+    def ids(self) -> list[int]:
+        """All of them."""
+        return self.first + self.rest
+
+    def cut(self, room: int) -> list[int]:
+        """The last ``room`` ids, the first ones among them where that leaves room for others."""
+        rest = room - len(self.first)
+        return self.first + self.rest[-rest:] if rest > 0 else self.ids[-room:]
+
+
+class Tails(NamedTuple):
+    """Replies as token ids, with their ends."""
+
+    ids: list[list[int]]
+    stopped: int
+    """How many held an end before their own."""
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of whole texts that are not empty, with what the tokenizer puts before a text."""
+    return [read.ids for read in _read(tokenizer, [text for text in texts if text])]
 
 
 def encode_prompts(
@@ -22,28 +65,16 @@ def encode_prompts(
 
     Args:
         tokenizer: Of the model that will read them.
-        prompts: Texts.
+        prompts: Texts; a ``Prompt`` is rendered for this tokenizer.
         max_length: Tokens per prompt.
         note: Told once how many were cut, if any.
 
     Raises:
-        ValueError: If a prompt has no tokens.
+        ValueError: If a prompt has no tokens, or the tokenizer's template refuses a conversation.
     """
-    # Having a begin-of-sequence token and wanting one are two things; the empty text shows what the model was fed.
-    start = [t for t in tokenizer("")["input_ids"][:1] if t == tokenizer.bos_token_id]
-    # A chat template writes the token itself.
-    bare = [ids[1:] if start and ids[:1] == start else ids for ids in encode(tokenizer, prompts)]
-    encoded = [start + ids[-max(max_length - len(start), 1) :] for ids in bare]
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if not ids:
-            raise ValueError(f"data: prompt {prompt!r} has no tokens")
-    cut = {prompt: len(ids) for prompt, ids in zip(prompts, bare, strict=True) if len(ids) + len(start) > max_length}
-    if cut and note is not None:
-        note(
-            f"{len(cut)} of {len(set(prompts))} prompts have more than the {max_length} tokens that there is room for "
-            f"(the longest has {max(cut.values())}); they lose their beginning. Raise max_length if it matters."
-        )
-    return encoded
+    read = _read(tokenizer, prompts)
+    _tell_prompts(read, [max_length] * len(read), note)
+    return [prompt.cut(max_length) for prompt in read]
 
 
 def encode_pairs(
@@ -53,34 +84,147 @@ def encode_pairs(
     max_length: int,
     ended: Sequence[bool] | None = None,
     note: Note | None = None,
+    groups: Sequence[int] | None = None,
+    whole: bool = False,
 ) -> list[Sample]:
-    """Prompt, response and end-of-sequence token, at most ``max_length`` tokens in all.
+    """Prompt, response and the token that ends it, at most ``max_length`` tokens in all.
 
-    A prompt keeps at most half of the room, from its end; a response that does not fit loses its end and with it the
-    end-of-sequence token, because a cut text did not end.
+    What fits is not cut. Otherwise a prompt loses its beginning as far as the response needs the room, and keeps half
+    of it in any case; a response that does not fit then loses its end and with it the token that ends it, because a cut
+    text did not end.
 
     Args:
         tokenizer: Of the model that will read them.
-        prompts: Texts.
+        prompts: Texts; a ``Prompt`` is rendered for this tokenizer.
         responses: One text per prompt.
         max_length: Tokens per sample.
         ended: Whether each response ended by itself; None is all of them.
         note: Told once how many prompts and how many responses were cut, if any.
+        groups: How many of the pairs, one after another, share a prompt, which is then cut alike for all of them.
+        whole: Add what a template writes behind the end of a reply, as a model of others was trained to read it.
     """
-    heads, cut = encode_prompts(tokenizer, prompts, max(max_length // 2, 1), note), 0
-    samples = []
-    for i, (head, body) in enumerate(zip(heads, encode(tokenizer, responses), strict=True)):
-        tail = [*body, tokenizer.eos_token_id] if ended is None or ended[i] else body
-        cut += len(head) + len(tail) > max_length
-        samples.append(Sample((head + tail)[:max_length], len(head)))
+    read, sizes = _read(tokenizer, prompts), [1] * len(prompts) if groups is None else groups
+    replies = [fitting(p, r, template=x.template is not None) for p, r, x in zip(prompts, responses, read, strict=True)]
+    tails, stopped = _tails(tokenizer, read, replies, [True] * len(prompts) if ended is None else ended, whole)
+    rooms: list[int] = []
+    for size in sizes:
+        longest = max(map(len, tails[len(rooms) : len(rooms) + size]), default=0)
+        rooms += [max(max_length // 2, max_length - longest, 1)] * size
+    heads = [prompt.cut(room) for prompt, room in zip(read, rooms, strict=True)]
+    samples = [Sample((h + t)[:max_length], min(len(h), max_length)) for h, t in zip(heads, tails, strict=True)]
+    _tell_prompts(read, rooms, note)
+    cut = sum(len(h) + len(t) > max_length for h, t in zip(heads, tails, strict=True))
     if cut and note is not None:
         note(
             f"{cut} of {len(samples)} responses do not fit into {max_length} tokens behind their prompts; they lose "
             "their end, and with it the end of the sequence."
         )
+    if stopped and note is not None:
+        note(f"{stopped} of {len(samples)} responses hold the end of a response within their text; they stop there.")
     return samples
 
 
-def decode(tokenizer: Any, tokens: Sequence[Sequence[int]]) -> list[str]:
-    """Texts without special tokens."""
-    return tokenizer.batch_decode([list(t) for t in tokens], skip_special_tokens=True)
+def told_apart(
+    units: Sequence[Unit], replies: Sequence[tuple[Sequence[Sample], Sequence[Any]]], max_length: int, note: Note | None
+) -> list[Unit]:
+    """Those units whose replies are still different as a model reads them, trimmed and cut.
+
+    Args:
+        units: Pairs, groups or labelled replies.
+        replies: The samples of each, and what is said about each sample: its rank or label.
+        max_length: For the message.
+        note: Told how many are left out.
+
+    Raises:
+        ValueError: None is left.
+    """
+    kept = []
+    for unit, (samples, judged) in zip(units, replies, strict=True):
+        texts = [tuple(s.tokens) for s in samples]
+        if len(set(texts)) == len(set(zip(texts, judged, strict=True))):
+            kept.append(unit)
+    left_out = len(units) - len(kept)
+    if left_out == len(units) > 0:
+        raise ValueError(f"data: the replies to each prompt are identical as the model reads them, cut to {max_length}")
+    if left_out and note is not None:
+        note(
+            f"{left_out} of {len(units)} have replies of different rank that read alike, cut to "
+            f"{max_length} tokens; they are left out, as there is nothing to learn. Raise max_length if it matters."
+        )
+    return kept
+
+
+def ends(tokenizer: Any, suggested: int | Sequence[int] | None = None) -> list[int]:
+    """Ids at which a response ends: the tokenizer's, the template's, and those that a model suggests.
+
+    Args:
+        tokenizer: Of the policy.
+        suggested: ``eos_token_id`` of its generation options.
+    """
+    found = [tokenizer.eos_token_id, *([suggested] if isinstance(suggested, int) else suggested or [])]
+    if template := template_of(tokenizer):
+        found.insert(1, tokenizer.convert_tokens_to_ids(template.end))
+    return list(dict.fromkeys(end for end in found if end is not None))
+
+
+def _read(tokenizer: Any, prompts: Sequence[str]) -> list[Read]:
+    """Prompts uncut."""
+    texts, start = [rendered(tokenizer, prompt) for prompt in prompts], prefix(tokenizer)
+    found = []
+    for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
+        template = template_of(tokenizer) if isinstance(text, Prompt) and text.messages is not None else None
+        if start and ids[: len(start)] == start:  # Some templates write it, and so do people.
+            found.append(Read(text, start, ids[len(start) :], ids, template))
+        else:
+            found.append(Read(text, [] if template else start, ids, ids, template))
+        if not found[-1].ids:
+            raise ValueError(f"data: prompt {str(text)!r} has no tokens")
+    return found
+
+
+def _tails(tokenizer: Any, read: Sequence[Read], replies: Sequence[str], ended: Sequence[bool], whole: bool) -> Tails:
+    """Replies behind their prompts, uncut."""
+    texts = [_behind(tokenizer, *pair) for pair in zip(read, replies, strict=True)]
+    together = encode(tokenizer, [prompt.text + text for prompt, text in zip(read, texts, strict=True)])
+    apart = encode_after(tokenizer, texts)
+    stops, found, stopped = set(ends(tokenizer)), [], 0
+    for prompt, both, alone, does_end in zip(read, together, apart, ended, strict=True):
+        # A token that reaches over from the prompt into the reply is one that no sampling could have made.
+        body = both[len(prompt.bare) :] if both[: len(prompt.bare)] == prompt.bare else alone
+        at = next((k for k, token in enumerate(body) if token in stops), len(body))
+        stopped += at < len(body)
+        behind: list[int] = []
+        if does_end:
+            behind = [_end(tokenizer, prompt)]
+            if whole and prompt.template is not None:
+                behind += encode(tokenizer, [prompt.template.behind.partition(prompt.template.end)[2]])[0]
+        found.append(body[:at] + behind)
+    return Tails(found, stopped)
+
+
+def _behind(tokenizer: Any, prompt: Read, reply: str) -> str:
+    """The text behind a prompt, without the token that ends it."""
+    if prompt.template is not None:
+        assert isinstance(prompt.text, Prompt)
+        return prompt.template.reply(prompt.text, reply)
+    end = tokenizer.eos_token
+    return reply.rstrip().removesuffix(end) if end and reply.rstrip().endswith(end) else reply
+
+
+def _end(tokenizer: Any, prompt: Read) -> int:
+    """The id that ends a reply: the template's, also where a prompt holds its markers, or else the tokenizer's."""
+    template = template_of(tokenizer)
+    if template and (prompt.template or any(marker in prompt.text for marker in template.markers)):
+        return tokenizer.convert_tokens_to_ids(template.end)
+    return tokenizer.eos_token_id
+
+
+def _tell_prompts(read: Sequence[Read], rooms: Sequence[int], note: Note | None) -> None:
+    cut = {x.text: (len(x.ids), room) for x, room in zip(read, rooms, strict=True) if len(x.ids) > room}
+    if cut and note is not None:
+        longest, room = max(cut.values())
+        note(
+            f"{len(cut)} of {len({x.text for x in read})} prompts have more than the {room} tokens that there is room "
+            f"for (the longest has {longest}); they lose their beginning, markup of a template included. "
+            "Raise max_length if it matters."
+        )

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trainer.chat import render_as, render_of
 from trainer.kl import KLController
 from trainer.log import RunLog
 from trainer.models import Policy
 from trainer.monitor import Alarm, Monitor, Samples
-from trainer.monitor_rules import thresholds_from
+from trainer.monitor_seen import thresholds_from
 from trainer.probes import Probes, read_probes, sycophancy
 from trainer.records import records
 from trainer.rewards import Reward, responses_of, reward_from
@@ -41,7 +42,7 @@ class Watch:
     def __init__(self, cfg: RLConfig, tokenizer: Any, device: torch.device) -> None:
         self.cfg, self.tokenizer = cfg, tokenizer
         self.probes = read_probes(cfg.probes) if cfg.probes else Probes()
-        self.texts = held_out_texts(cfg.tax_data, tokenizer, cfg.max_length) if cfg.tax_data else []
+        self.texts = held_out_texts(cfg.tax_data, tokenizer, cfg.max_length, render_as(cfg)) if cfg.tax_data else []
         self.gold: Reward | None = None
         if cfg.gold_reward:
             self.gold = reward_from(
@@ -70,7 +71,8 @@ class Watch:
         """Held-out loss and sycophancy, where the configuration names files for them."""
         found = {"eval/lm_loss": per_token(losses(policy, self.texts, self.cfg.max_tokens))} if self.texts else {}
         limits = {"max_new_tokens": self.cfg.max_new_tokens, "max_length": self.cfg.max_length}
-        return found | sycophancy(policy, self.probes, **limits)
+        asked = render_of(self.tokenizer, self.cfg.prompt_format, self.cfg.template_date).text
+        return found | sycophancy(policy, self.probes, asked=asked, **limits)
 
     def update(
         self, step: int, metrics: Mapping[str, float], monitor: Monitor, control: KLController, log: RunLog, stage: str
