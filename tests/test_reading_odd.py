@@ -133,6 +133,12 @@ def test_blank_lines_of_held_out_text_are_left_out(tmp_path: Path):
         assert len(held_out_texts(path, tokenizer(name), 99)) == 2
 
 
+@pytest.mark.parametrize(("name", "given"), [("glm4", 2), ("llama3", 1), ("pythia", 1)])
+def test_what_stands_before_a_text_is_not_asked_of_the_model(tmp_path: Path, name: str, given: int):
+    (sample,) = held_out_texts(write(tmp_path / "t.jsonl", [{"text": "It is 4."}]), tokenizer(name), 99)
+    assert sample.prompt_length == given
+
+
 @pytest.mark.parametrize(
     ("text", "roles"),
     [
@@ -175,6 +181,15 @@ def test_plain_prompts_keep_the_day_for_whoever_writes_it():
     prompt = render_of(tokenizer("pythia"), date="2001-02-03")([USER])
     tok = tokenizer("llama3")
     assert "03 Feb 2001" in tok.decode(encode_prompts(tok, [prompt], 900)[0])
+
+
+@pytest.mark.parametrize("date", [None, "2001-02-03"])
+def test_a_reply_is_rendered_on_the_day_of_its_prompt(date: str | None):
+    """As in a run that goes on after midnight."""
+    tok = tokenizer("llama3")
+    prompt = render_of(tok, date=date)([USER])
+    (one,) = encode_pairs(tok, [prompt], [" It is 4.\n"], 900)
+    assert tok.decode(one.tokens[one.prompt_length : -1]) == "It is 4."  # The template trims.
 
 
 def judge(folder: Path, name: str, **config: Any) -> str:

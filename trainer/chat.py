@@ -15,7 +15,7 @@ from datetime import datetime, time
 from typing import Any, Literal
 
 from trainer.prompt import Message, Prompt, Turns, conversation, render_turns
-from trainer.tokens import added, encode, markers
+from trainer.tokens import encode, markers, without_end
 
 TINY = "tiny"
 Format = Literal["auto", "chat", "raw"]
@@ -112,10 +112,7 @@ class ChatTemplate:
 
     def without_end(self, text: str) -> str:
         """A reply without the token that ends it, which people write into their data now and then."""
-        for end in (self.end, self.tokenizer.eos_token):
-            if end and text.rstrip().endswith(end):
-                return text.rstrip().removesuffix(end)
-        return text
+        return without_end(text, self.end, self.tokenizer.eos_token)
 
     def refuse_markers(self, text: str) -> None:
         """Raises ValueError where a text holds a special token."""
@@ -144,7 +141,8 @@ class ChatTemplate:
         first = encode(self.tokenizer, [behind.lstrip()])[0][:1]
         if not first:
             return blank, eos, behind
-        end = added(self.tokenizer).get(first[0])
+        token = self.tokenizer.added_tokens_decoder.get(first[0])  # One that is read as a whole wherever it stands.
+        end = None if token is None else str(token)
         if end is None or (end == self.tokenizer.bos_token and end != eos):
             raise ValueError(
                 f"the chat template ends a reply with {self.tokenizer.decode(first)!r}, the tokenizer's "
@@ -182,7 +180,8 @@ def settle_date(config: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _template(tokenizer: Any, _template: str, raw: bool, date: str | None) -> ChatTemplate:
+def _made(tokenizer: Any, _text: str, raw: bool, date: str | None) -> ChatTemplate:
+    """One template for many prompts; its text is there to tell it from an earlier one of the same tokenizer."""
     return ChatTemplate(tokenizer, raw=raw, date=date)
 
 
@@ -201,7 +200,7 @@ def render_of(tokenizer: Any, prompt_format: Format = "auto", date: str | None =
     raw, plain = prompt_format == "raw", render_turns if date in (None, today().isoformat()) else Turns(date=date)
     if template := getattr(tokenizer, "chat_template", None):
         try:
-            return _template(tokenizer, repr(template), raw, date)
+            return _made(tokenizer, repr(template), raw, date)
         except ValueError:
             if not raw:
                 raise

@@ -188,7 +188,7 @@ def longest(cfg: EvalConfig, policy: Policy) -> int:
     Raises:
         ValueError: That leaves nothing for a prompt.
     """
-    found = min(cfg.max_length, policy.limit or cfg.max_length)
+    found = policy.within(cfg.max_length)
     if cfg.max_new_tokens >= found:
         raise ValueError(f"max_new_tokens: got {cfg.max_new_tokens}, want less than the {found} tokens of a sequence")
     return found
@@ -201,10 +201,10 @@ def _language_model(
     assert cfg.lm_data is not None
     found: dict[str, list[Loss]] = {}
     read: dict[str, list[list[int]]] = {}
-    most = min(policy.limit or cfg.max_length for policy in policies.values())
+    most = min(policy.within(cfg.max_length) for policy in policies.values())
     for name, policy in policies.items():
         render = render_of(policy.tokenizer, cfg.prompt_format, cfg.template_date)
-        samples = held_out_texts(cfg.lm_data, policy.tokenizer, min(cfg.max_length, most), render)
+        samples = held_out_texts(cfg.lm_data, policy.tokenizer, most, render)
         if not samples:
             raise ValueError(f"lm_data: {cfg.lm_data} holds no text of two tokens or more")
         read[name] = [s.tokens[s.prompt_length :] for s in samples]

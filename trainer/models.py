@@ -55,6 +55,10 @@ class Seen(nn.Module):
         """Tokens of the longest sequence that the model has positions for; None where it does not say."""
         return model_files.limit(self.model.config)
 
+    def within(self, max_length: int) -> int:
+        """Tokens of a sequence of ``max_length``, as far as the model has positions for them."""
+        return min(max_length, self.limit or max_length)
+
     def save(self, path: Path | str) -> None:
         """Writes safetensors, config.json and the tokenizer, or nothing at all; see ``model_files.save``."""
         model_files.save(Path(path), self.model, self.tokenizer)

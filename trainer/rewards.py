@@ -115,7 +115,7 @@ def _from_model(
 ) -> Reward:
     # A model of ours that reads as the policy does takes its tokens. Otherwise text is the common language: the model
     # reads the conversation as its own tokenizer and template have it, within its own limit.
-    own, limit = model.own, min(max_length, model.limit or max_length)
+    own, limit = model.own, model.within(max_length)
     shared = own and limit == max_length and same(model.tokenizer, tokenizer)
     rows, pad = model.model.get_input_embeddings().weight.shape[0], model.model.config.pad_token_id
     end = ends(model.tokenizer)[-1]  # the template's, if there is one

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from trainer.chat import ChatTemplate, rendered, template_of
 from trainer.packing import Sample
 from trainer.prompt import Prompt, fitting
-from trainer.tokens import decode, encode, encode_after, prefix
+from trainer.tokens import decode, encode, encode_after, prefix, without_end
 
 __all__ = ["decode", "encode", "encode_pairs", "encode_prompts", "encode_texts", "ends", "told_apart"]
 
@@ -172,7 +172,8 @@ def _read(tokenizer: Any, prompts: Sequence[str]) -> list[Read]:
     texts, start = [rendered(tokenizer, prompt) for prompt in prompts], prefix(tokenizer)
     found = []
     for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
-        template = template_of(tokenizer) if isinstance(text, Prompt) and text.messages is not None else None
+        # That of the prompt's own day: its reply is rendered behind it.
+        template = template_of(tokenizer, text.date) if isinstance(text, Prompt) and text.messages is not None else None
         if start and ids[: len(start)] == start:  # Some templates write it, and so do people.
             found.append(Read(text, start, ids[len(start) :], ids, template))
         else:
@@ -187,7 +188,7 @@ def _tails(tokenizer: Any, read: Sequence[Read], replies: Sequence[str], ended: 
     texts = [_behind(tokenizer, *pair) for pair in zip(read, replies, strict=True)]
     together = encode(tokenizer, [prompt.text + text for prompt, text in zip(read, texts, strict=True)])
     apart = encode_after(tokenizer, texts)
-    stops, found, stopped = set(ends(tokenizer)), [], 0
+    stops, found, stopped, template = set(ends(tokenizer)), [], 0, template_of(tokenizer)
     for prompt, both, alone, does_end in zip(read, together, apart, ended, strict=True):
         # A token that reaches over from the prompt into the reply is one that no sampling could have made.
         body = both[len(prompt.bare) :] if both[: len(prompt.bare)] == prompt.bare else alone
@@ -195,7 +196,7 @@ def _tails(tokenizer: Any, read: Sequence[Read], replies: Sequence[str], ended: 
         stopped += at < len(body)
         behind: list[int] = []
         if does_end:
-            behind = [_end(tokenizer, prompt)]
+            behind = [_end(tokenizer, template, prompt)]
             if whole and prompt.template is not None:
                 behind += encode(tokenizer, [prompt.template.behind.partition(prompt.template.end)[2]])[0]
         found.append(body[:at] + behind)
@@ -207,13 +208,11 @@ def _behind(tokenizer: Any, prompt: Read, reply: str) -> str:
     if prompt.template is not None:
         assert isinstance(prompt.text, Prompt)
         return prompt.template.reply(prompt.text, reply)
-    end = tokenizer.eos_token
-    return reply.rstrip().removesuffix(end) if end and reply.rstrip().endswith(end) else reply
+    return without_end(reply, tokenizer.eos_token)
 
 
-def _end(tokenizer: Any, prompt: Read) -> int:
+def _end(tokenizer: Any, template: ChatTemplate | None, prompt: Read) -> int:
     """The id that ends a reply: the template's, also where a prompt holds its markers, or else the tokenizer's."""
-    template = template_of(tokenizer)
     if template and (prompt.template or any(marker in prompt.text for marker in template.markers)):
         return tokenizer.convert_tokens_to_ids(template.end)
     return tokenizer.eos_token_id

@@ -1,8 +1,7 @@
-"""What a tokenizer does: token ids of a text, what it puts before a text, which ids exist, where a sequence ends."""
+"""What a tokenizer does: token ids of a text, what it puts before a text, which ids exist, which are markers."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +48,18 @@ def markers(tokenizer: Any) -> list[str]:
     return sorted(special | set(tokenizer.all_special_tokens))
 
 
+def without_end(text: str, *ends: str | None) -> str:
+    """A reply without the token that ends it, which people write into their data now and then.
+
+    >>> without_end("It is 4.<eos>\\n", "<eos>"), without_end("It is 4. ", "<eos>", None)
+    ('It is 4.', 'It is 4. ')
+    """
+    for end in ends:
+        if end and text.rstrip().endswith(end):
+            return text.rstrip().removesuffix(end)
+    return text
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two tokenizers give equal ids, equal prefixes and equal prompts of a conversation."""
     return a is b or (
@@ -65,9 +76,3 @@ def decode(tokenizer: Any, tokens: Sequence[Sequence[int]]) -> list[str]:
     return tokenizer.batch_decode(
         [list(t) for t in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-
-
-@functools.lru_cache(maxsize=64)
-def added(tokenizer: Any) -> dict[int, str]:
-    """Tokens that a tokenizer reads as a whole wherever they stand, by id."""
-    return {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}

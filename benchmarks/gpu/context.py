@@ -14,10 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.record import NO_TIME, Record
-
-
-class Skipped(Exception):
-    """Something that is not there to be measured; the message says what."""
+from benchmarks.peers.base import Skipped
 
 
 class OutOfTime(BaseException):
@@ -90,10 +87,9 @@ class Context:
             yield
         except ImportError as error:
             self.row(what=what, skipped=brief(error))
+        except Skipped as error:
+            self.row(what=what, skipped=str(error))
         except Exception as error:
-            if type(error).__name__ == "Skipped":  # that of the adapters of peers, too
-                self.row(what=what, skipped=str(error))
-                return
             self.row(what=what, failed=brief(error))
             self.record.say(traceback.format_exc())
             traceback.clear_frames(error.__traceback__)  # they hold tensors

@@ -95,7 +95,7 @@ def judge(ctx: Context, what: dict[str, Any], ours: Callable[[], Results], their
         errors[name] = [error, limit]
         scale = 1.0 if name.startswith("d ") else exact[name].abs().max().clamp(min=1.0).item()
         floor = max(FLOOR, 4 * torch.finfo(torch.float32).eps * scale)
-        if not error <= max(2 * limit, floor) + slack:  # what is not a number is no better than what is large
+        if not error <= max(2 * limit, floor) + slack:  # This is true of NaN, too.
             bad.append(name)
     same = all(torch.equal(got[name], again[name]) for name in got)
     ctx.row(**what, dtype=str(dtype)[6:], ok=not bad, bad=bad, same_bits=same, errors=errors)

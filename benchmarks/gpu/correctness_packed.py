@@ -15,11 +15,12 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 from benchmarks.gpu import extension
-from benchmarks.gpu.context import Context, Skipped
+from benchmarks.gpu.context import Context
 from benchmarks.gpu.gae import EPS, GAMMA, LAM, Batch, in_torch
+from benchmarks.peers.base import Skipped
 from rlhf_kernels import reference
 
-ULPS = 8  # of the largest result, should plain torch in float32 be more exact than that
+ULPS = 8  # An error may have so many of the largest result's, where plain torch in float32 has fewer.
 
 
 def lengths_of(ctx: Context) -> list[int]:

@@ -24,7 +24,10 @@ def start(folder: Path) -> None:
     """Begin to compile it, once for a run; what the compiler says is in ``folder``."""
     if there() or (folder / LOG).exists():
         return
-    environment = os.environ | {"RLHF_KERNELS_EXT": "0", "RLHF_KERNELS_CUDA": "1"}  # nothing for CPUs
+    environment = os.environ | {
+        "RLHF_KERNELS_EXT": "0",
+        "RLHF_KERNELS_CUDA": "1",
+    }  # A GPU's machine wants no CPU extension.
     with open(folder / LOG, "wb") as log:
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         _building.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))

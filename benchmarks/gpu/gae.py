@@ -18,7 +18,8 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 from benchmarks import gae as replies
-from benchmarks.gpu.context import Context, Skipped
+from benchmarks.gpu.context import Context
+from benchmarks.peers.base import Skipped
 from rlhf_kernels.backends import gae as torch_gae
 
 GAMMA, LAM, EPS = 0.99, 0.95, 1e-8

@@ -7,7 +7,8 @@ import shutil
 import sys
 
 from benchmarks.gpu.commands import command
-from benchmarks.gpu.context import Context, Skipped
+from benchmarks.gpu.context import Context
+from benchmarks.peers.base import Skipped
 
 SMALL = [sys.executable, "-m", "benchmarks.gpu.small"]
 FOUND = 9  # the status by which the tool says that it has found something
