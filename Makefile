@@ -17,14 +17,13 @@ demo: $(TRAIN)
 
 # What the GPU kernels compute is judged by the tests of the CPU backends, under Triton's interpreter. That needs a
 # process of its own: it leaves triton.language patched, and nothing compiles after it.
-INTERPRETED := tests/test_token_stats.py tests/test_numerics.py tests/test_fused_loss.py tests/test_every_loss.py \
-               tests/test_tolerance.py tests/gpu
+INTERPRETED := tests/contracts/test_every_loss.py tests/gpu \
+               $(addprefix tests/kernels/engine/test_,token_stats.py numerics.py fused.py tolerance.py)
 
 # What judges the native backend.
-NATIVE := $(wildcard tests/test_native*.py) tests/test_isa.py tests/test_threads.py tests/test_token_stats.py \
-          tests/test_numerics.py tests/test_fused_loss.py tests/test_every_loss.py tests/test_losses.py \
-          tests/test_autograd.py tests/test_max_targets.py tests/test_gae.py tests/test_tolerance.py \
-          tests/test_tolerance_share.py
+NATIVE := tests/contracts/test_every_loss.py tests/kernels/backends/native tests/kernels/backends/test_gae.py \
+          tests/kernels/backends/test_sparse.py tests/kernels/losses/test_losses.py \
+          $(addprefix tests/kernels/engine/test_,autograd.py fused.py kept.py numerics.py threads.py token_stats.py tolerance.py)
 
 # one thread per test process: two processes keep two cores busy
 test: $(TEST)
@@ -62,7 +61,7 @@ lint: $(TEST)
 
 # the adapters beside the packages that they adapt
 test-peers: $(PEERS)
-	PYTHONPATH=$(VENV)/peers OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "" tests/peers tests/test_integration_peft.py
+	PYTHONPATH=$(VENV)/peers OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "" tests/peers tests/kernels/integrations/test_peft.py
 
 # a site in build/site, from docs/, README and docstrings
 docs: $(DOCS)
@@ -89,7 +88,7 @@ $(TEST): $(TRAIN)
 $(PEERS): $(TEST)
 	@$(INSTALL) -e ".[peers]"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/peers \
-		openrlhf==0.11.2 verl==0.9.1
+		openrlhf==0.11.2 verl==0.9.1 liger-kernel==0.8.5
 	@rm -rf $(VENV)/peers/tests $(VENV)/peers/scripts
 	@touch $@
 

@@ -1,1 +1,1 @@
-"""Side-by-side measurements: `python -m benchmarks.side_by_side` from a checkout."""
+"""What this library costs, and how right it is: ``python -m benchmarks --help`` lists the measurements."""

@@ -1,4 +1,4 @@
-"""`pytest benchmarks/ --benchmark-only`: collects bench_*.py, which a plain `pytest` does not; ends with one table.
+"""`pytest benchmarks/ --benchmark-only`: collects suite/, which a plain `pytest` does not; ends with one table.
 
 It measures a GPU where there is one, in three minutes, and a CPU in five: who would come later is left out by name.
 """
@@ -6,7 +6,6 @@ It measures a GPU where there is one, in three minutes, and a CPU in five: who w
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.place import CHOICES, chosen, wait
+from benchmarks.measure.place import CHOICES, chosen, wait
 
+SUITE = Path(__file__).parent / "suite"
 MEASURED = pytest.StashKey[dict[tuple[Any, ...], tuple[list[Any], dict[str, Any]]]]()
 DEVICE, MOST, UNTIL = pytest.StashKey[str](), pytest.StashKey[float](), pytest.StashKey[float]()
 OVER = "skipped: time is over"
@@ -64,7 +64,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     given = parent.session.isinitpath(file_path)  # pytest collects what it is told by name
-    if file_path.name.startswith("bench_") and file_path.suffix == ".py" and not given:
+    if file_path.parent == SUITE and file_path.suffix == ".py" and file_path.stem != "__init__" and not given:
         return pytest.Module.from_parent(parent, path=file_path)
     return None
 
@@ -103,7 +103,8 @@ def entered(request: pytest.FixtureRequest, benchmark: Any, timed: Any, in_time:
 
     A contender that is not there is skipped by name; whoever is wrong is in the table, marked.
     """
-    from benchmarks.measure import device_bytes, enter, forward_seconds
+    from benchmarks.measure import memory
+    from benchmarks.measure.turns import enter, forward_seconds
 
     found: list[tuple[Any, ...]] = []
 
@@ -119,7 +120,7 @@ def entered(request: pytest.FixtureRequest, benchmark: Any, timed: Any, in_time:
             pytest.skip(row["verdict"])
         benchmark.extra_info |= {"verdict": row["verdict"], **row["errors"]}
         if device == "cuda":
-            row["extra_bytes"] = device_bytes(step)
+            row["extra_bytes"] = memory.extra(step, cuda=True)
         if not contender.compiles:
             rounds = max(2, min(rounds, int(ROUND_SECONDS / row["first_call_s"])))
         timed(step, rounds, lambda result: forward.append(forward_seconds(result)))
@@ -141,16 +142,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"Time was over for {late} of the contenders; --minutes gives more.")
     if not any(times for _, times in tables.values()):
         return
-    from benchmarks import report
-    from benchmarks.measure import ranked
+    from benchmarks.measure.turns import ranked
+    from benchmarks.report import tables as report
+    from benchmarks.report.environment import environment, write
 
     rows = [row for found, times in tables.values() for row in ranked(found, times)]
-    environment = report.environment(torch.get_num_threads(), None, config.stash[DEVICE])
+    here = environment(torch.get_num_threads(), device=config.stash[DEVICE])
     terminalreporter.section("side by side")
-    terminalreporter.write_line(report.heading(environment))
-    terminalreporter.write_line("One contender after the other: benchmarks.side_by_side takes turns, and is steadier.")
+    terminalreporter.write_line(report.heading(here))
+    terminalreporter.write_line("One after the other: python -m benchmarks compare takes turns, and is steadier.")
     terminalreporter.write_line("")
     terminalreporter.write_line(report.markdown(rows))
-    out = config.getoption("table_out")
-    if out:
-        out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    write(config.getoption("table_out"), {"environment": here, "rows": rows})

@@ -8,6 +8,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)?examples/[^)]*\)")  # folders that are no pages of the site
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 ROOT = Path(__file__).parent.parent
 
@@ -23,5 +24,5 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Blocks that doctest runs end in an empty line, which a reader need not see."""
-    return re.sub(r"\n\n```\n", "\n```\n", markdown)
+    """Links out of the site become words; the empty line that ends a block for doctest goes."""
+    return re.sub(r"\n\n```\n", "\n```\n", OUTSIDE.sub(r"`\1`", markdown))

@@ -12,7 +12,7 @@ import torch
 import rlhf_kernels as rk
 
 if TYPE_CHECKING:
-    from tests.fault_worlds import Stopper
+    from tests.support.runs import Stopper
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # GPU kernels on the CPU, by Triton's interpreter
 FERRIED = os.environ.get("RLHF_KERNELS_TEST_GPU") == "1"  # GPU kernels on a GPU, under the tests of the CPU
@@ -84,7 +84,7 @@ def _poisoned_memory():
 @pytest.fixture
 def stopper(monkeypatch: pytest.MonkeyPatch) -> Stopper:
     """Sends a signal at the n-th safe point of a run."""
-    from tests.fault_worlds import Stopper
+    from tests.support.runs import Stopper
 
     return Stopper(monkeypatch)
 
@@ -92,6 +92,6 @@ def stopper(monkeypatch: pytest.MonkeyPatch) -> Stopper:
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with small models and data to train on."""
-    from tests.fault_worlds import world
+    from tests.support.runs import world
 
     return world(tmp_path_factory.mktemp("folders") / "world")

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from trainer.cli import main
+    from trainer.cli.program import main
 except KeyboardInterrupt:  # Whoever stops a program that has hardly begun wants no traceback of imports either.
     sys.exit(130)
 

@@ -163,7 +163,7 @@ def conclude(record: Record, names: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["prepare"]:
-        from benchmarks.gpu.prepare import main as prepare
+        from benchmarks.gpu.ahead.prepare import main as prepare
 
         return prepare(given[1:]) or 0
     args = arguments(given)

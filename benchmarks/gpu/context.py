@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.contenders.base import Skipped, brief
 from benchmarks.gpu.record import NO_TIME, Record
-from benchmarks.peers.base import Skipped
 
 
 class OutOfTime(BaseException):
@@ -27,12 +27,6 @@ class Told(BaseException):
 
 class Broken(BaseException):
     """The device answers no more: only another process can go on."""
-
-
-def brief(error: BaseException) -> str:
-    """The error's type and the first line of what it says."""
-    text = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text.strip()[:300]}"
 
 
 def plain(x: Any) -> Any:

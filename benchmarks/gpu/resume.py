@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.context import brief
+from benchmarks.contenders.base import brief
 from benchmarks.gpu.record import Record
 
 SAME = ("device", "dry", "torch", "triton", "driver")  # Rows of both runs stand in one file, under one such heading.

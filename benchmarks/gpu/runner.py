@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import STAGES, extension, fake
-from benchmarks.gpu.context import Broken, Context, OutOfTime, Told, brief
+from benchmarks.contenders.base import brief
+from benchmarks.gpu import STAGES, fake
+from benchmarks.gpu.context import Broken, Context, OutOfTime, Told
 from benchmarks.gpu.record import LOG, NO_TIME, Record, is_cut
 from benchmarks.gpu.resume import Refused, resume
-from benchmarks.kernel_hash import ROOT, hashes
+from benchmarks.gpu.stages import extension
+from benchmarks.report.kernel_hash import ROOT, hashes
 
 GRACE = 4.0  # seconds past its deadline after which a stage is stopped
 LEAST = 1.0  # seconds without which none is begun
@@ -53,14 +55,14 @@ def about(dry: bool) -> dict[str, Any]:
     """The machine and the versions."""
     properties = torch.cuda.get_device_properties(0)
     triton: Any = importlib.import_module("triton")
-    commit = importlib.import_module("benchmarks.report").commit()  # with a plus where the tree differs from it
+    environment: Any = importlib.import_module("benchmarks.report.environment")
     return {
         "device": torch.cuda.get_device_name(), "dry": dry,
         "capability": "{}.{}".format(*torch.cuda.get_device_capability()), "sms": properties.multi_processor_count,
         "memory_gb": round(properties.total_memory / 1e9, 1),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
-        "python": platform.python_version(), "commit": commit, "entry": _entry("cuda"),
+        "python": platform.python_version(), "commit": environment.commit(), "entry": _entry("cuda"),
     }  # fmt: skip
 
 
@@ -110,7 +112,7 @@ def run_stage(name: str, record: Record, seconds: float, dry: bool) -> bool:
     with counted_warnings(record, name):
         try:
             with watchdog(seconds + GRACE):
-                importlib.import_module(f"benchmarks.gpu.{name}").run(ctx)
+                importlib.import_module(f"benchmarks.gpu.stages.{name}").run(ctx)
                 torch.cuda.synchronize()
             if any(map(is_cut, record.stages[name]["rows"])):
                 status, why = "partly", "its time was over before its work"
@@ -175,7 +177,7 @@ def work(
             print("there is no GPU here; --dry runs the same lines without one", file=sys.stderr)
             return 2
         # before anything compiles or a peer is imported, in each of the processes that a run may need
-        used = importlib.import_module("benchmarks.gpu.carried").use(carried) if carried else None
+        used = importlib.import_module("benchmarks.gpu.ahead.carried").use(carried) if carried else None
         if "about" not in record.content:
             with counted_warnings(record, "about"):
                 now, sources = about(dry) | {"carried": used}, hashes()

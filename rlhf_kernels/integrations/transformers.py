@@ -1,7 +1,7 @@
 """A model of transformers, taken apart into what the losses need. For transformers>=5.17,<6.
 
-``take_apart(model)`` finds the head, asks the model's config what happens to logits behind it, and tries both out on a
-few tokens before it believes them. What cannot be put together again is refused by name.
+``take_apart(model)`` finds the head, reads from the model's config what happens to logits after it, and verifies both
+on a few tokens. A model whose logits cannot be rebuilt from the parts is refused by name.
 
     parts = take_apart(model)                                   # once
     hidden = parts.hidden_states(input_ids=ids)                 # [B, T, H], no logits

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.families import templates
 from tests.families.vocabularies import by_gpt2, by_words, byte_level, finished, sentence_piece, unigram
-from trainer.attention import NAME
-from trainer.models import Policy
+from trainer.models.attention import NAME
+from trainer.models.policy import Policy
 
 Make = Callable[[], PreTrainedTokenizerFast]
 LLAMA = ("<unk>", "<s>", "</s>")

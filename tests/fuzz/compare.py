@@ -11,7 +11,7 @@ from tests.fuzz.draw import Case
 from tests.fuzz.oracle import HEADED, Outputs
 from tests.fuzz.truth import Truth, full, working
 
-A_FEW = 8  # ulps, as in ``helpers``
+A_FEW = 8  # ulps, as in ``tests.support.problems``
 
 
 class Fault(AssertionError):

@@ -6,11 +6,11 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from benchmarks.peers.loading import module
+from benchmarks.contenders.loading import module
 
 
 def half(name: str, bare: tuple[str, ...], stubs: dict[str, dict[str, Any]] | None = None) -> ModuleType:
-    """The module, as ``benchmarks.peers.loading.module`` finds it; stand-ins for other packages go again."""
+    """The module, as ``benchmarks.contenders.loading.module`` finds it; stand-ins for other packages go again."""
     stubs = stubs or {}
     before = {stub: sys.modules.get(stub) for stub in stubs}
     found = module(name, bare, stubs)

@@ -19,8 +19,8 @@ if importlib.util.find_spec("deepspeed") is None:  # importing it would change t
 import rlhf_kernels as rk
 from rlhf_kernels.integrations.distributed import InForward, summed
 from rlhf_kernels.integrations.transformers import take_apart
-from tests.ranks import on_ranks
-from tests.test_distributed import LENGTHS, LOSSES, Documented, Tiny, V, batch, step
+from tests.kernels.integrations.test_distributed import LENGTHS, LOSSES, Documented, Tiny, V, batch, step
+from tests.support.ranks import on_ranks
 
 pytestmark = pytest.mark.slow
 STEPS, LR = 2, 1.0

@@ -15,7 +15,7 @@ pytest.importorskip("lightning", reason="lightning is not installed")
 import lightning
 from page import defined, shown
 
-from tests.ranks import on_ranks
+from tests.support.ranks import on_ranks
 
 EPS = torch.finfo(torch.float32).eps
 STEPS = 3

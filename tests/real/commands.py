@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trainer import cli
+from trainer.cli import program as cli
 
 ASKED = ("What is the capital of France?", "Is the sun a star?", "What colour is grass?", "How many legs has a cat?")
 RIGHT = ("It is Paris.", "Yes, it is.", "It is green.", "It has four.")

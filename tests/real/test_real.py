@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.real import commands, mood, topics
-from trainer import cli, evaluate
+from trainer.base import statistics
+from trainer.cli import program as cli
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
 
@@ -73,7 +74,7 @@ def test_reinforcement_learning_helps(
     files = ["--model", f"{tmp_path}/grpo", "--base", model, "--data", str(held_out), "--out", f"{tmp_path}/eval"]
     assert cli.main(["eval", *files, *judge]) == 0
     base, policy = heard
-    gain = evaluate.mean([after - before for before, after in zip(base, policy, strict=True)])
+    gain = statistics.mean([after - before for before, after in zip(base, policy, strict=True)])
     nats = [row.get("objective/kl", 0.0) for row in commands.metrics(tmp_path / "grpo")]
     record_property("table", (
         f"{len(base)} held-out topics: {sum(base) / len(base):.3f} before, {sum(policy) / len(policy):.3f} after, "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
-from trainer import attention
+from trainer.models import attention
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch's deterministic mode refuses cuBLAS
 LENGTHS = [700, 1, 64, 129, 1023]

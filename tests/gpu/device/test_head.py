@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import assert_gradient, assert_value
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.backends import triton as backend
 from rlhf_kernels.backends.triton import table
+from tests.support.problems import assert_gradient, assert_value
 
 cuda = torch.device("cuda")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch's deterministic mode refuses cuBLAS

@@ -26,7 +26,7 @@ def staged(monkeypatch, tmp_path) -> Callable[..., dict[str, Any]]:
         for name, function in stages.items():
             module = ModuleType(name)
             module.run = function  # type: ignore[attr-defined]
-            monkeypatch.setitem(sys.modules, f"benchmarks.gpu.{name}", module)
+            monkeypatch.setitem(sys.modules, f"benchmarks.gpu.stages.{name}", module)
         monkeypatch.setattr(runner, "STAGES", dict.fromkeys(stages, (1, 1)))
         folder = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()

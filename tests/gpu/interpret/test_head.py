@@ -6,7 +6,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import assert_gradient, assert_value
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
@@ -16,6 +15,7 @@ from rlhf_kernels.backends.triton.calculus import exponentials, tanh
 from rlhf_kernels.backends.triton.operands import Operand, describable
 from rlhf_kernels.backends.triton.rows import piece
 from rlhf_kernels.types import Head, Tile
+from tests.support.problems import assert_gradient, assert_value
 
 
 @triton.jit

@@ -127,7 +127,7 @@ def test_a_chip_that_is_not_listed_runs_and_says_whose_entry_it_has(staged, monk
     table._unlisted.cache_clear()
 
     def scores(ctx: Context) -> None:
-        from benchmarks.gpu.shapes import listed, using
+        from benchmarks.gpu.stages.shapes import listed, using
 
         with using(listed(ctx)), torch.no_grad():
             stats = rk.token_stats(torch.randn(3, 16), torch.randn(40, 16), torch.arange(3), backend=ctx.backend)

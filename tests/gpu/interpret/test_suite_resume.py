@@ -98,4 +98,5 @@ def test_a_signal_leaves_a_whole_file_and_no_program(tmp_path, number):
     process.send_signal(number)
     assert process.wait(30) == 128 + number
     assert json.loads((tmp_path / "gpu.json").read_text())["stages"]["sanitize"]["status"] == "failed"
-    assert not subprocess.run(["pgrep", "-f", "benchmarks.gpu.small --few"], capture_output=True, text=True).stdout
+    begun_by_it = ["pgrep", "-f", "benchmarks.gpu.stages.small --few"]
+    assert not subprocess.run(begun_by_it, capture_output=True, text=True).stdout

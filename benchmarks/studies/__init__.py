@@ -1,0 +1,1 @@
+"""One measurement each; every module here is a verb of ``python -m benchmarks``."""

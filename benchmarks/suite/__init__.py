@@ -1,0 +1,1 @@
+"""What ``pytest benchmarks/ --benchmark-only`` collects."""

@@ -1,0 +1,1 @@
+"""What every room stands on: configs as files, the console, ranks, statistics, permission to run code."""

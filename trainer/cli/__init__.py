@@ -1,0 +1,3 @@
+"""`rlhf-train`: the command line."""
+
+from trainer.cli.program import main as main

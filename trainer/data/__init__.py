@@ -1,0 +1,1 @@
+"""From a data file to packed token sequences: reading, prompts, chat templates, encoding, packing."""

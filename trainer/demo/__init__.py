@@ -1,0 +1,1 @@
+"""`rlhf-train demo`: the whole recipe from scratch on a laptop."""

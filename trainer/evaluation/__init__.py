@@ -1,0 +1,1 @@
+"""`rlhf-train eval`: win rates, and what a policy lost by its training."""

@@ -1,0 +1,1 @@
+"""`rlhf-train inspect`: what decides the worth of preference data, before training."""

@@ -1,0 +1,1 @@
+"""Alarms for a run that is left alone."""

@@ -1,0 +1,1 @@
+"""The subcommands that train, one module each, and `split`."""

@@ -1,0 +1,1 @@
+"""Learning from preferences without sampling: DPO, IPO, ORPO, SimPO and KTO."""

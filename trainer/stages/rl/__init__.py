@@ -1,0 +1,1 @@
+"""Learning from sampled responses: PPO, GRPO and its relatives."""
