@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trainer.stages.reward_model import RewardConfig, reward_model
     from trainer.stages.rl.grpo import GRPOConfig
     from trainer.stages.rl.ppo import PPOConfig
-    from trainer.stages.rl.run import grpo, ppo
+    from trainer.stages.rl.stage import grpo, ppo
     from trainer.stages.sft import SFTConfig, sft
     from trainer.stages.split import SplitConfig, split
 
@@ -37,7 +37,7 @@ _WHERE = {
     "stages.reward_model": ("RewardConfig", "reward_model"),
     "stages.rl.grpo": ("GRPOConfig",),
     "stages.rl.ppo": ("PPOConfig",),
-    "stages.rl.run": ("grpo", "ppo"),
+    "stages.rl.stage": ("grpo", "ppo"),
     "stages.sft": ("SFTConfig", "sft"),
     "stages.split": ("SplitConfig", "split"),
 }  # fmt: skip

@@ -29,7 +29,7 @@ from benchmarks.work.truth import Result
 Step = Callable[[], Any]
 T = TypeVar("T")
 LONGEST = 600.0  # seconds that a process may take
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # These are numbers of mallopt's parameters.
 RETURNED = 64 * 1024  # bytes; a block of as many is given back as soon as it is freed
 
 
@@ -42,7 +42,7 @@ def resident(field: str) -> int:
 def give_back() -> None:
     """From here on glibc gives blocks back as they are freed, so that resident memory is memory in use."""
     libc = ctypes.CDLL(None)
-    libc.mallopt(MMAP_THRESHOLD, RETURNED)  # which otherwise grows
+    libc.mallopt(MMAP_THRESHOLD, RETURNED)  # Left alone, this threshold would grow.
     libc.mallopt(TRIM_THRESHOLD, RETURNED)
 
 

@@ -16,7 +16,7 @@ from benchmarks import command
 from benchmarks.measure.turns import Row
 from benchmarks.report import figures
 
-BATCHES = {  # what each op is, with the rows that peers are given where those are not all
+BATCHES = {  # This is what tables call each op; it says which rows peers get where they do not get all.
     "train": "policy gradient, all rows",
     "score": "logp and entropy",
     "grpo": "GRPO",

@@ -18,7 +18,7 @@ from benchmarks import command
 from benchmarks.report.environment import environment, write
 from benchmarks.report.tables import grid
 from trainer.demo import task as demo_task
-from trainer.demo.run import NOISE, Demo, DemoConfig
+from trainer.demo.stage import NOISE, Demo, DemoConfig
 from trainer.evaluation.win_rate import win_rate
 from trainer.models.policy import Policy
 from trainer.stages.preference.dpo import DPOConfig, dpo

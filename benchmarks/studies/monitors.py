@@ -38,8 +38,8 @@ Series = dict[str, list[float | None]]
 
 def record(out: Path, seeds: Sequence[int], arms: Sequence[str]) -> None:
     """Runs the demo, or more arms on the models of a demo that was run before."""
-    from trainer.demo.run import Demo, DemoConfig
-    from trainer.demo.run import demo as run_demo
+    from trainer.demo.stage import Demo, DemoConfig
+    from trainer.demo.stage import demo as run_demo
     from trainer.models.loading import load_policy
 
     for seed in seeds:

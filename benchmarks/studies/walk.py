@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.command import parser
 
 ROOT = Path(__file__).parents[2]
-STARTS = ("ppo", "grpo", "loop", "run")  # modules of trainer.stages.rl: the last one holds the stages
+STARTS = ("ppo", "grpo", "loop", "stage")  # modules of trainer.stages.rl: the last one holds the stages
 RUNS = (  # a subcommand, its config, an option of it, and how it is called
     ("sft", "stages.sft:SFTConfig", "lr", ()),
     ("dpo", "stages.preference.dpo:DPOConfig", "beta", ()),

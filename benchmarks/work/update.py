@@ -23,11 +23,12 @@ from trainer.stages.rl.experience import Experience, in_parts
 from trainer.stages.rl.method import StepTotals
 from trainer.stages.rl.ppo import PPO, PPOConfig
 from trainer.training.defaults import decided
+from trainer.training.gradients import Terms
 from trainer.training.optimizer import Optimizer
 from trainer.training.precision import autocast
 
 ENTROPY_ROWS = 256
-PolicyLoss = Callable[["World", Experience], rk.LossOutput]
+PolicyLoss = Callable[["World", Experience], rk.LossOutput | Terms]
 
 
 class Size(NamedTuple):
@@ -110,12 +111,12 @@ class World:
         self._step(self.optimizers[1], lambda part: self.method.value_loss(self.value, part, totals), batch)
 
     def _step(
-        self, optimizer: Optimizer, loss: Callable[[Experience], rk.LossOutput], batch: Experience | None
+        self, optimizer: Optimizer, loss: Callable[[Experience], rk.LossOutput | Terms], batch: Experience | None
     ) -> None:
         batch = self.rollout if batch is None else batch
         parts = batch.parts(range(len(batch.scores)), self.cfg.max_tokens)
 
-        def under_autocast(part: Experience) -> rk.LossOutput:
+        def under_autocast(part: Experience) -> rk.LossOutput | Terms:
             with autocast(self.cfg, self.device):
                 return loss(part)
 
@@ -136,7 +137,7 @@ def small_policy(size: Size) -> Policy:
     return tiny_policy(word_tokenizer(words), 0, hidden=size.hidden, layers=size.layers)
 
 
-def ours(world: World, part: Experience) -> rk.LossOutput:
+def ours(world: World, part: Experience) -> Terms:
     """What the trainer does."""
     return world.method.policy_loss(world.policy, part, world.totals(world.rollout), 0.0)
 

@@ -37,18 +37,17 @@ ELSEWHERE = {
     "rlhf_kernels/types.py": "kernels/backends/native/test_native.py",
     "trainer/cli/machine.py": "trainer/cli/test_doctor.py",
     "trainer/cli/run_stage.py": "trainer/cli/test_program.py",
-    "trainer/demo/measures.py": "trainer/demo/test_run.py",
-    "trainer/demo/summary.py": "trainer/demo/test_run.py",
+    "trainer/demo/measures.py": "trainer/demo/test_stage.py",
+    "trainer/demo/summary.py": "trainer/demo/test_stage.py",
     "trainer/inspect/facts.py": "trainer/inspect/test_command.py",
     "trainer/inspect/stage.py": "trainer/run/test_mark.py",
     "trainer/stages/preference/dpo.py": "trainer/stages/preference/test_loop.py",
     "trainer/stages/rl/method.py": "trainer/stages/rl/test_loop.py",
     "trainer/run/durable.py": "trainer/run/test_checkpoint.py",
-    "trainer/stages/rl/run.py": "trainer/stages/test_stages.py",
+    "trainer/stages/rl/stage.py": "trainer/stages/test_stages.py",
     "trainer/stages/rl/samples.py": "trainer/stages/test_stages.py",
     "trainer/stages/rl/value.py": "trainer/stages/rl/test_shared_value.py",
-    "trainer/training/progress.py": "trainer/models/test_policy.py",
-    "trainer/training/state.py": "trainer/models/test_policy.py",
+    "trainer/training/progress.py": "trainer/training/test_state.py",
 }
 
 

@@ -19,7 +19,7 @@ from trainer.run.stops import Terminated
 from trainer.stages import reward_model, sft
 from trainer.stages.preference import dpo, kto
 from trainer.stages.rl import grpo, ppo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 from trainer.training.options import StageConfig
 from trainer.training.session import Session
 from trainer.training.state import Mark
@@ -33,12 +33,12 @@ STAGES: dict[str, tuple[type[StageConfig], Run, dict[str, Any]]] = {
         {"data": "ranked.jsonl", "calibration_new_tokens": 4, "steps": 4},
     ),
     "ppo": (
-        ppo.PPOConfig, rl_run.ppo,
+        ppo.PPOConfig, rl_stage.ppo,
         {"data": "prompts.jsonl", "steps": 2, "kl_target_per_seq": 0.01, "kl_horizon": 100.0, "ptx_coef": 0.1,
          "ptx_data": "sft.jsonl", "ptx_batch_size": 3, "truncation": "bootstrap", "eval_every": 1, "sample_batch": 2},
     ),
-    "shared": (ppo.PPOConfig, rl_run.ppo, {"data": "prompts.jsonl", "steps": 1, "value_model": "shared"}),
-    "grpo": (grpo.GRPOConfig, rl_run.grpo, {"data": "prompts.jsonl", "steps": 2, "num_generations": 3}),
+    "shared": (ppo.PPOConfig, rl_stage.ppo, {"data": "prompts.jsonl", "steps": 1, "value_model": "shared"}),
+    "grpo": (grpo.GRPOConfig, rl_stage.grpo, {"data": "prompts.jsonl", "steps": 2, "num_generations": 3}),
     "dpo": (dpo.DPOConfig, dpo.dpo, {"data": "ranked.jsonl", "eval_data": "ranked.jsonl", "steps": 3}),
     "kto": (kto.KTOConfig, kto.kto, {"data": "labelled.jsonl", "steps": 3}),
 }  # fmt: skip

@@ -15,5 +15,5 @@ def model_folder(name: str) -> Path | None:
 
 def resolve(path: str) -> str:
     """A run folder stands for the model in it; anything else for itself."""
-    folder = Path(path) / "model"
-    return str(folder) if (folder / "config.json").is_file() else path
+    folder = model_folder(path)
+    return path if folder is None or folder == Path(path) else str(folder)

@@ -15,7 +15,9 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "demo": Stage("trainer.demo.run", "DemoConfig", "demo", "SFT, reward model and PPO from scratch, on a laptop CPU"),
+    "demo": Stage(
+        "trainer.demo.stage", "DemoConfig", "demo", "SFT, reward model and PPO from scratch, on a laptop CPU"
+    ),
     "sft": Stage("trainer.stages.sft", "SFTConfig", "sft", "supervised fine-tuning on demonstrations"),
     "reward": Stage(
         "trainer.stages.reward_model",
@@ -23,8 +25,8 @@ STAGES = {
         "reward_model",
         "reward model on preference pairs or K-wise rankings",
     ),
-    "ppo": Stage("trainer.stages.rl.run", "PPOConfig", "ppo", "PPO with value model and KL control, on prompts"),
-    "grpo": Stage("trainer.stages.rl.run", "GRPOConfig", "grpo", "GRPO, Dr.GRPO, RLOO, REINFORCE++, on prompts"),
+    "ppo": Stage("trainer.stages.rl.stage", "PPOConfig", "ppo", "PPO with value model and KL control, on prompts"),
+    "grpo": Stage("trainer.stages.rl.stage", "GRPOConfig", "grpo", "GRPO, Dr.GRPO, RLOO, REINFORCE++, on prompts"),
     "dpo": Stage(
         "trainer.stages.preference.dpo", "DPOConfig", "dpo", "direct preference optimisation, on pairs or rankings"
     ),

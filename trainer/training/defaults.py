@@ -18,7 +18,6 @@ from trainer.base.paths import model_folder
 from trainer.base.threads import TINY
 from trainer.training.options import AUTO
 
-T = TypeVar("T")
 C = TypeVar("C")
 SMALL = 20_000_000  # A model with fewer parameters was hardly pretrained: it is ``tiny``, or descends from it.
 WARM = 10  # The warm-up of a pretrained model takes no more than one in so many of its optimizer steps.

@@ -86,8 +86,8 @@ class Restored:
         """
         hints = typing.get_type_hints(type(state))
         names = {f.name for f in dataclasses.fields(state)}
-        if names | {"random"} != set(self.plain):
-            raise ValueError(f"checkpoint: got the state of another version, {sorted(names ^ set(self.plain))} differ")
+        if differ := sorted((names | {"random"}) ^ set(self.plain)):
+            raise ValueError(f"checkpoint: got the state of another version, {differ} differ")
         for name in names:
             setattr(state, name, self._put(getattr(state, name), self.plain[name], name, hints[name]))
         _set_random_state(self._put(None, self.plain["random"], "random", dict))

@@ -35,7 +35,7 @@ class Kind(NamedTuple):
     """One kind of work."""
 
     name: str
-    op: str  # as benchmarks.work.cases knows it
+    op: str  # one of the names in benchmarks.work.cases
     whole: bool = False  # no row is prompt and every row has a gradient
 
 

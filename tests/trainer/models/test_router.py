@@ -23,7 +23,7 @@ from trainer.run.log import RunLog
 from trainer.stages import reward_model, sft
 from trainer.stages.preference import dpo
 from trainer.stages.rl import grpo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 
 FACTOR = 0.5
 PAIRS = [(f"{a} {b}", f"{b} {a} {a}", f"{b}") for a, b in zip(LETTERS, LETTERS[3:], strict=False)][:6]
@@ -184,7 +184,7 @@ def test_other_stages_say_that_they_leave_it_out(tmp_path: Path, stage: str) -> 
     if stage == "grpo":
         data = write(tmp_path / "p.jsonl", ({"prompt": p} for p, *_ in PAIRS))
         options = {"reward": f"{share_of_a.__module__}:share_of_a", "num_generations": 2, "max_new_tokens": 4}
-        rows, notes = run(rl_run.grpo, grpo.GRPOConfig, tmp_path, model=model, data=data, batch_size=2, **options)
+        rows, notes = run(rl_stage.grpo, grpo.GRPOConfig, tmp_path, model=model, data=data, batch_size=2, **options)
     else:
         data = write(tmp_path / "p.jsonl", ({"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS))
         options = {"batch_size": 2, "calibration": 0}

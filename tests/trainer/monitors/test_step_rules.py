@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.small import LETTERS, lines, small_policy, write
 from trainer.stages.rl import grpo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 
 
 @pytest.mark.parametrize(("lr", "loud"), [(3.0, True), (1e-4, False)])
@@ -22,7 +22,7 @@ def test_a_step_too_far_is_told_at_once(tmp_path: Path, lr: float, loud: bool, p
         model=str(tmp_path / "m"), data=path, out=tmp_path / "o", reward="tests.support.small:share_of_a", steps=1,
         batch_size=16, max_new_tokens=12, quiet=True, **options,
     )  # fmt: skip
-    rl_run.grpo(cfg)
+    rl_stage.grpo(cfg)
     (row,) = lines(tmp_path / "o" / "metrics.jsonl")
     assert (row["policy/kl_after"] > 0.1) is loud
     assert row["policy/kl_after"] > 0

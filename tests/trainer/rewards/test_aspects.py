@@ -18,7 +18,7 @@ from trainer.rewards.aspects import Rewards
 from trainer.rewards.names import only_models
 from trainer.rewards.truncation import fixed_score
 from trainer.stages.rl import ppo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 from trainer.stages.rl.value import value_model_for
 
 HERE = "tests.trainer.rewards.test_aspects"
@@ -56,7 +56,7 @@ def test_ppo_logs_what_trades_off(tmp_path: Path) -> None:
     """And starts its value model from the first reward model among the sources."""
     small_scalar(3).save(tmp_path / "rm")
     run: dict[str, Any] = world(tmp_path) | {"reward": (f"{HERE}:words@0.1", f"kind={tmp_path / 'rm'}"), "steps": 1}
-    rl_run.ppo(ppo.PPOConfig(**run, reward_normalize=True, reward_clip=1.5, lr=1e-9, value_lr=1e-9))
+    rl_stage.ppo(ppo.PPOConfig(**run, reward_normalize=True, reward_clip=1.5, lr=1e-9, value_lr=1e-9))
     (step,) = lines(tmp_path / "out" / "metrics.jsonl")
     assert step["rewards/reward_1"] > 1
     assert step["rewards/kind_std"] > 0

@@ -18,7 +18,7 @@ from trainer.rewards.shaping import RewardOptions
 from trainer.rewards.sources import reward_from
 from trainer.sampling.rollout import Rollout
 from trainer.stages.rl import grpo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 
 HERE = "tests.trainer.rewards.test_compare"
 
@@ -47,7 +47,7 @@ def test_a_judge_that_compares_makes_a_score_of_its_verdicts(tmp_path: Path) -> 
     found = reward(rollout, [{"prompt": "a"}] * 3 + [alone])
     torch.testing.assert_close(found, torch.tensor([0.95, 0.5, 0.05, 0.95]))
     options: dict[str, Any] = world(tmp_path) | {"reward": f"compare:{HERE}:shorter", "steps": 1}
-    rl_run.grpo(grpo.GRPOConfig(**options, num_generations=3))
+    rl_stage.grpo(grpo.GRPOConfig(**options, num_generations=3))
     (step,) = lines(tmp_path / "out" / "metrics.jsonl")
     assert step["objective/scores"] == pytest.approx(0.5, abs=0.05)  # every win is another's loss, but for ties
 

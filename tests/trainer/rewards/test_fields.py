@@ -15,9 +15,9 @@ from trainer.cli import program as cli
 from trainer.evaluation import stage as evaluation
 from trainer.models import loading
 from trainer.rewards.fields import read_prompts, wanted
-from trainer.stages.rl import run as rl
+from trainer.stages.rl import stage as rl
 from trainer.stages.rl.grpo import GRPOConfig
-from trainer.stages.rl.run import grpo
+from trainer.stages.rl.stage import grpo
 from trainer.training import setup
 
 HERE = "tests.trainer.rewards.test_fields"

@@ -14,7 +14,7 @@ from trainer.data.chat import render_of
 from trainer.models.policy import scalar_from
 from trainer.rewards.fields import read_prompts
 from trainer.stages.rl import grpo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
 
@@ -46,4 +46,4 @@ def test_grpo_knows_its_file_and_line_where_a_reward_model_refuses(tmp_path: Pat
         max_new_tokens=4, quiet=True,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"d\.jsonl line 4: a message holds the special token '<bos>'"):
-        rl_run.grpo(cfg)
+        rl_stage.grpo(cfg)

@@ -176,3 +176,36 @@ def test_the_first_process_alone_sends(
         pass
     assert fakes["wandb"].inits == []
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_a_second_run_from_python_is_another_run_elsewhere(here: Path, tmp_path: Path, fakes: dict[str, Fake]) -> None:
+    """It takes the place of the first without the command line's clearing away."""
+    for _ in range(2):
+        train(config("sft", here, tmp_path / "run", log_to=("wandb",), steps=1))
+    first, second = fakes["wandb"].inits
+    assert first["id"] != second["id"]
+
+
+def test_one_that_fails_at_its_end_costs_one_warning(
+    here: Path, tmp_path: Path, fakes: dict[str, Fake], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(**options: Any) -> None:
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(fakes["wandb"], "finish", gone)
+    train(config("sft", here, tmp_path / "run", log_to=("wandb",), steps=1))
+    assert "log_to: wandb failed at its end (nobody answers)" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_where_the_package_is_gone(
+    here: Path, tmp_path: Path, fakes: dict[str, Fake], stopper: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config("sft", here, tmp_path / "run", log_to=("wandb",))
+    stopped_at(cfg, stopper, 2)
+    stopper.at = None
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(sinks.util, "find_spec", _without("wandb"))
+    train(cfg, resume=True)
+    assert "log_to: wandb could not begin" in capsys.readouterr().err
+    assert finished(cfg.out)

@@ -18,7 +18,7 @@ from trainer.models.tiny import byte_tokenizer, tiny_policy
 from trainer.sampling import rollout
 from trainer.sampling.rollout import Rollout, _continue, sample
 from trainer.stages.rl import ppo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 
 
 def test_the_log_probabilities_of_the_sampler_stand_in_the_rows_of_their_tokens() -> None:
@@ -75,10 +75,10 @@ def test_the_configuration_says_how_many_are_sampled_together(tmp_path: Path, mo
 
     monkeypatch.setattr(rollout, "_continue", counted)
     cfg = ppo.PPOConfig(**world(tmp_path) | {"steps": 1}, sample_batch=4)
-    rl_run.ppo(cfg)
+    rl_stage.ppo(cfg)
     assert seen[:3] == [4, 4, 2]
     with pytest.raises(ValueError, match="sample_batch: got 0, want at least 1"):
-        rl_run.ppo(replace(cfg, sample_batch=0))
+        rl_stage.ppo(replace(cfg, sample_batch=0))
 
 
 def padded(rows: int) -> Any:

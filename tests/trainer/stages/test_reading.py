@@ -16,7 +16,7 @@ from trainer.models.policy import Policy, ScalarModel
 from trainer.stages import reward_model, sft
 from trainer.stages.preference import dpo, kto
 from trainer.stages.rl import grpo, ppo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 
 ASK, SAID = "What is 2 + 2?", [{"role": "assistant", "content": text} for text in ("It is 4.", "No.")]
 USER = {"role": "user", "content": ASK}
@@ -31,8 +31,8 @@ ROWS = {
 STAGES: dict[str, tuple[Any, Any]] = {
     "sft": (sft.SFTConfig, sft.sft),
     "reward": (reward_model.RewardConfig, reward_model.reward_model),
-    "ppo": (ppo.PPOConfig, rl_run.ppo),
-    "grpo": (grpo.GRPOConfig, rl_run.grpo),
+    "ppo": (ppo.PPOConfig, rl_stage.ppo),
+    "grpo": (grpo.GRPOConfig, rl_stage.grpo),
     "dpo": (dpo.DPOConfig, dpo.dpo),
     "ipo": (dpo.IPOConfig, dpo.ipo),
     "orpo": (dpo.ORPOConfig, dpo.orpo),

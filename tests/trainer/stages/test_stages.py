@@ -14,7 +14,7 @@ from torch import nn
 from tests.support.small import LETTERS, lines, ragged, small_policy, small_scalar, write
 from trainer.stages import reward_model, sft
 from trainer.stages.rl import ppo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 
 HERE = "tests.support.small"
 
@@ -87,7 +87,7 @@ def test_stages_report_the_same_first_step_for_any_budget(stage: str, base: str,
                 minibatches=1,
                 **common,
             )
-            rl_run.ppo(dataclasses.replace(cfg, max_new_tokens=8))
+            rl_stage.ppo(dataclasses.replace(cfg, max_new_tokens=8))
         seen.append(lines(out / "metrics.jsonl")[0])
     for name in seen[0].keys() - {"stage", "eps", "rollout/sampler_delta"}:
         if name.startswith("timing/"):

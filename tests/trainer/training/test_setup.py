@@ -18,8 +18,8 @@ from trainer.models.tiny import byte_tokenizer, tiny_policy
 from trainer.run.log import RunLog
 from trainer.stages import sft
 from trainer.stages.rl import grpo, ppo
-from trainer.stages.rl import run as rl_run
-from trainer.stages.rl.run import begin
+from trainer.stages.rl import stage as rl_stage
+from trainer.stages.rl.stage import begin
 
 
 def learned_positions(folder: Path, positions: int) -> str:
@@ -41,9 +41,9 @@ def test_no_sequence_is_longer_than_the_positions_of_the_model(tmp_path: Path):
     sft.sft(sft.SFTConfig(out=tmp_path / "sft", **options), log)
     assert f"max_length: got 1024, and {model} has 64 positions: sequences are cut to 64" in told
     more: dict[str, Any] = options | {"reward": "exact_answer", "num_generations": 2}
-    rl_run.grpo(grpo.GRPOConfig(out=tmp_path / "grpo", max_new_tokens=32, **more))
+    rl_stage.grpo(grpo.GRPOConfig(out=tmp_path / "grpo", max_new_tokens=32, **more))
     with pytest.raises(ValueError, match="max_new_tokens: got 64, want less than the 64 positions"):
-        rl_run.grpo(grpo.GRPOConfig(out=tmp_path / "long", max_new_tokens=64, **more))
+        rl_stage.grpo(grpo.GRPOConfig(out=tmp_path / "long", max_new_tokens=64, **more))
 
 
 def test_a_value_model_has_positions_too(tmp_path: Path):
@@ -72,7 +72,7 @@ def test_a_value_model_reads_the_ids_of_the_policy(tmp_path: Path) -> None:
         model=str(tmp_path), data=data, out=tmp_path / "out", reward=str(tmp_path / "reward"), steps=1, batch_size=2,
         max_new_tokens=4, quiet=True,
     )  # fmt: skip
-    rl_run.ppo(cfg)
+    rl_stage.ppo(cfg)
     assert load_scalar(str(tmp_path / "out" / "value")).tokenizer.get_vocab() == small_policy().tokenizer.get_vocab()
     with pytest.raises(ValueError, match="value_model: want the tokenizer of the policy"):
-        rl_run.ppo(dataclasses.replace(cfg, value_model=str(tmp_path / "reward")))
+        rl_stage.ppo(dataclasses.replace(cfg, value_model=str(tmp_path / "reward")))

@@ -2,7 +2,7 @@
 
 An ``RLMethod`` says where advantages come from, and what an update minimises. Between any two calls of ``rollout``,
 ``minibatch`` and ``finish`` everything that they change lies in one ``RLState``. Models and data come ready from
-``trainer.stages.rl.run``.
+``trainer.stages.rl.stage``.
 """
 
 from __future__ import annotations

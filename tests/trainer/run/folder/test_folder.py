@@ -18,7 +18,7 @@ from tests.support.pipelines import Cut, environment, written  # noqa: F401 (a f
 from tests.support.runs import Stopper, config, stopped_at, train
 from tests.support.small import small_policy
 from trainer.cli import program as cli
-from trainer.demo.run import FOLDERS, Demo, DemoConfig
+from trainer.demo.stage import FOLDERS, Demo, DemoConfig
 from trainer.models.loading import load_policy
 from trainer.report import page as report
 from trainer.run import folder as run_folder

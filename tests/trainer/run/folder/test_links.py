@@ -15,7 +15,7 @@ from tests.support.pipelines import Cut, environment, written  # noqa: F401 (a f
 from tests.support.runs import Stopper, config, stopped_at, train
 from tests.support.small import small_policy
 from trainer.cli import program as cli
-from trainer.demo.run import Demo, DemoConfig
+from trainer.demo.stage import Demo, DemoConfig
 from trainer.run import folder as run_folder
 from trainer.run.checkpoint import Checkpoints
 from trainer.run.stops import Terminated

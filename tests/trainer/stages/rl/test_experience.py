@@ -15,7 +15,7 @@ from trainer.data.packing import Sample
 from trainer.rewards.shaping import Scored
 from trainer.sampling.rollout import Rollout
 from trainer.stages.rl import ppo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 from trainer.stages.rl.experience import Experience, collect
 
 
@@ -97,7 +97,7 @@ def test_pitfall_08_nothing_is_left_when_every_response_is_cut_and_masked(
     found, metrics, _ = collected(tmp_path, truncation="mask")
     assert found is None
     assert metrics["response/truncated"] == 1
-    rl_run.ppo(ppo.PPOConfig(**world(tmp_path), truncation="mask"))
+    rl_stage.ppo(ppo.PPOConfig(**world(tmp_path), truncation="mask"))
     assert [step["response/truncated"] for step in lines(tmp_path / "out" / "metrics.jsonl")] == [1, 1]
 
 

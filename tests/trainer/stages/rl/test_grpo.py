@@ -12,7 +12,7 @@ import torch
 from tests.support.rollouts import experience, world
 from tests.support.small import lines, ragged, small_policy
 from trainer.stages.rl import grpo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 from trainer.stages.rl.method import StepTotals
 
 
@@ -84,7 +84,7 @@ def test_reinforce_plus_plus_whitens_what_is_left_to_be_earned(tmp_path: Path) -
 
 def test_grpo_learns_a_function_of_the_response(tmp_path: Path) -> None:
     options: dict[str, Any] = world(tmp_path) | {"steps": 20, "max_new_tokens": 6, "lr": 3e-3}
-    rl_run.grpo(grpo.GRPOConfig(**options, num_generations=4, kl_coef=0.01))
+    rl_stage.grpo(grpo.GRPOConfig(**options, num_generations=4, kl_coef=0.01))
     scores = [step["objective/scores"] for step in lines(tmp_path / "out" / "metrics.jsonl")]
     assert sum(scores[-4:]) / 4 > 0.6 > 0.2 > scores[0]
 

@@ -12,7 +12,7 @@ import torch
 from tests.support.rollouts import experience, gradient, world
 from tests.support.small import lines, ragged, small_policy
 from trainer.stages.rl import grpo, ppo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 from trainer.stages.rl.experience import importance
 from trainer.stages.rl.method import StepTotals
 
@@ -58,7 +58,7 @@ def test_a_sampler_that_agrees_changes_nothing_to_speak_of(tmp_path: Path) -> No
     seen = []
     for cap in (None, 2.0):
         options["out"] = tmp_path / str(cap)
-        rl_run.ppo(ppo.PPOConfig(**options, importance_cap=cap))
+        rl_stage.ppo(ppo.PPOConfig(**options, importance_cap=cap))
         seen.append(lines(options["out"] / "metrics.jsonl"))
     for without, capped in zip(*seen, strict=True):
         assert without["sampling/ess"] == pytest.approx(1, abs=1e-6)

@@ -11,7 +11,7 @@ import pytest
 from tests.support.rollouts import world
 from tests.support.small import lines
 from trainer.stages.rl import ppo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 from trainer.stages.rl.kl_controller import KLController
 
 
@@ -31,7 +31,7 @@ def test_pitfall_09_the_controller_follows_the_published_formula(tmp_path: Path)
     assert control.coef == pytest.approx(beta, rel=1e-12), "what is not a number says nothing"
 
     options = world(tmp_path) | {"steps": 6, "kl_coef": 0.2, "kl_target_per_seq": 0.5, "kl_horizon": 100.0}
-    rl_run.ppo(ppo.PPOConfig(**options, lr=1e-2))
+    rl_stage.ppo(ppo.PPOConfig(**options, lr=1e-2))
     beta = 0.2
     for step in lines(tmp_path / "out" / "metrics.jsonl"):
         assert step["objective/kl_coef"] == pytest.approx(beta, rel=1e-6)

@@ -17,7 +17,7 @@ from trainer.data.packing import Sample
 from trainer.run.log import RunLog
 from trainer.sampling.rollout import Rollout
 from trainer.stages.rl import grpo, ppo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 from trainer.stages.rl.method import StepTotals
 from trainer.training.defaults import decided
 
@@ -33,7 +33,7 @@ def test_pitfall_24_responses_without_an_end_are_told_at_once(
             model=str(tmp_path), data=prompts, out=tmp_path / f"out{tokens}", reward="tests.support.small:share_of_a",
             steps=1, batch_size=8, max_new_tokens=tokens, quiet=True,
         )  # fmt: skip
-        rl_run.ppo(cfg, RunLog(cfg.out, quiet=True))
+        rl_stage.ppo(cfg, RunLog(cfg.out, quiet=True))
         (row,) = lines(cfg.out / "metrics.jsonl")
         assert (row["response/truncated"] >= 0.95) is loud
         said = capsys.readouterr().err
@@ -65,9 +65,9 @@ def test_pitfall_03_the_first_ratio_is_one_and_the_kl_starts_at_zero(stage: str,
     policy.model.config.attention_dropout = 0.1
     common = world(tmp_path, policy) | {"epochs": 1, "minibatches": 1, "temperature": 0.7}
     if stage == "ppo":
-        rl_run.ppo(ppo.PPOConfig(**common))
+        rl_stage.ppo(ppo.PPOConfig(**common))
     else:
-        rl_run.grpo(grpo.GRPOConfig(**common, num_generations=3))
+        rl_stage.grpo(grpo.GRPOConfig(**common, num_generations=3))
     first, second = lines(tmp_path / "out" / "metrics.jsonl")
     for step in (first, second):  # one step per rollout: every ratio is a first one
         assert step["val/ratio"] == pytest.approx(1, abs=1e-5)
@@ -153,7 +153,7 @@ def test_pitfall_24_responses_that_never_end_are_called_out_at_the_first_update(
 
     monkeypatch.setattr("trainer.stages.rl.experience.sample", endless)
     options: dict[str, Any] = world(tmp_path) | {"batch_size": 20, "steps": 1, "truncation": truncation}
-    rl_run.ppo(ppo.PPOConfig(**options))
+    rl_stage.ppo(ppo.PPOConfig(**options))
     said = capsys.readouterr().err
     assert said.count(f"{5 * cut}% of the responses were cut off") == (1 if told else 0)
     assert told in said
@@ -166,7 +166,7 @@ def test_minibatches_of_unequal_size_cover_a_rollout_once(tmp_path: Path) -> Non
         (place := tmp_path / str(prompts)).mkdir()
         options: dict[str, Any] = world(place) | {"batch_size": prompts, "minibatches": minibatches, "epochs": 1}
         cfg = grpo.GRPOConfig(**options, num_generations=1, baseline="batch", scale="none", entropy_coef=0.1)
-        loop = rl_run.begin(cfg, grpo.GRPO(cfg), print).loop
+        loop = rl_stage.begin(cfg, grpo.GRPO(cfg), print).loop
         loop.rollout()
         left, seen = prompts, []
         while len(seen) < 9 and loop.minibatch():

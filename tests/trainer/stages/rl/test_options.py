@@ -10,7 +10,7 @@ import pytest
 from tests.support.rollouts import world
 from tests.support.small import lines, write
 from trainer.stages.rl import grpo, ppo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 
 
 def test_responses_longer_than_a_sequence_are_refused(tmp_path: Path):
@@ -18,7 +18,7 @@ def test_responses_longer_than_a_sequence_are_refused(tmp_path: Path):
     options: dict[str, Any] = {"data": path, "out": tmp_path / "o", "quiet": True, "reward": "exact_answer"}
     for longest in (1024, 2048):
         with pytest.raises(ValueError, match=f"max_new_tokens: got {longest}, want less than max_length=1024"):
-            rl_run.grpo(grpo.GRPOConfig(max_new_tokens=longest, **options))
+            rl_stage.grpo(grpo.GRPOConfig(max_new_tokens=longest, **options))
 
 
 def test_options_without_a_meaning_are_refused_before_anything_is_read(tmp_path: Path) -> None:
@@ -36,17 +36,17 @@ def test_options_without_a_meaning_are_refused_before_anything_is_read(tmp_path:
     ]
     for bad, message in options:
         with pytest.raises(ValueError, match=message):
-            rl_run.ppo(ppo.PPOConfig(**common, **bad))
+            rl_stage.ppo(ppo.PPOConfig(**common, **bad))
     with pytest.raises(ValueError, match=r"dual_clip: got 1.0, want a ratio above one"):
-        rl_run.grpo(grpo.GRPOConfig(**common, dual_clip=1.0))
+        rl_stage.grpo(grpo.GRPOConfig(**common, dual_clip=1.0))
 
 
 def test_pitfall_10_a_sampler_that_leaves_out_the_tail_is_refused_unless_allowed(tmp_path: Path) -> None:
     options: dict[str, Any] = world(tmp_path) | {"steps": 1, "top_p": 0.9}
     for more in ({}, {"allow_top_p": True, "importance_cap": 2.0}):
         with pytest.raises(ValueError, match=r"top_p: got 0.9, want 1: .* biased. allow_top_p accepts"):
-            rl_run.ppo(ppo.PPOConfig(**options, **more))
-    rl_run.ppo(ppo.PPOConfig(**options, allow_top_p=True))
+            rl_stage.ppo(ppo.PPOConfig(**options, **more))
+    rl_stage.ppo(ppo.PPOConfig(**options, allow_top_p=True))
     (step,) = lines(tmp_path / "out" / "metrics.jsonl")
     assert step["rollout/sampler_delta"] > 0.05  # the sampler spreads the tail's share over the rest
     assert step["sampling/importance_ratio_max"] < 1

@@ -10,7 +10,7 @@ from tests.support.rollouts import experience, gradient, returns_of
 from tests.support.small import lines, ragged, small_policy
 from tests.trainer.stages.test_stages import demonstrations
 from trainer.stages.rl import ppo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 from trainer.stages.rl.method import StepTotals
 
 
@@ -44,6 +44,6 @@ def test_ppo_learns_a_function_of_the_response(base: str, tmp_path: Path) -> Non
         out=tmp_path / "out", steps=30, batch_size=40, max_new_tokens=6, lr=3e-3, value_lr=3e-3, kl_coef=0.01,
         truncation="bootstrap", quiet=True,
     )  # fmt: skip
-    rl_run.ppo(cfg)
+    rl_stage.ppo(cfg)
     scores = [step["objective/scores"] for step in lines(tmp_path / "out" / "metrics.jsonl")]
     assert sum(scores[-5:]) / 5 > 0.7 > 0.3 > scores[0]

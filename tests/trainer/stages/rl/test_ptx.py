@@ -14,8 +14,8 @@ from trainer.data.encoding import encode_pairs
 from trainer.data.packing import pack
 from trainer.models.policy import Policy
 from trainer.stages.rl import grpo, ppo
-from trainer.stages.rl import run as rl_run
-from trainer.stages.rl.run import begin
+from trainer.stages.rl import stage as rl_stage
+from trainer.stages.rl.stage import begin
 
 
 @pytest.mark.parametrize("train", ["ppo", "grpo"])
@@ -29,9 +29,9 @@ def test_pitfall_23_ptx_with_coefficient_zero_is_bitwise_without(train: str, tmp
     }.items():  # fmt: skip
         options["out"] = tmp_path / name
         if train == "ppo":
-            rl_run.ppo(ppo.PPOConfig(**options, **ptx, ptx_batch_size=2))
+            rl_stage.ppo(ppo.PPOConfig(**options, **ptx, ptx_batch_size=2))
         else:
-            rl_run.grpo(grpo.GRPOConfig(**options, **ptx, ptx_batch_size=2, num_generations=2))
+            rl_stage.grpo(grpo.GRPOConfig(**options, **ptx, ptx_batch_size=2, num_generations=2))
         models.append((options["out"] / "model" / "model.safetensors").read_bytes())
         logs.append(lines(options["out"] / "metrics.jsonl"))
     assert models[0] == models[1] != models[2]

@@ -15,7 +15,7 @@ from tests.support.small import lines, ragged, small_policy
 from trainer.data.packing import pack
 from trainer.models.loading import load_policy, load_scalar
 from trainer.stages.rl import ppo
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 from trainer.stages.rl.method import StepTotals
 from trainer.stages.rl.shared_value import SharedValue
 from trainer.stages.rl.value import value_model_for
@@ -57,7 +57,7 @@ def test_a_shared_backbone_gets_the_sum_of_both_gradients(tmp_path: Path) -> Non
 
 def test_ppo_learns_on_a_shared_backbone_and_leaves_a_value_model(tmp_path: Path) -> None:
     options: dict[str, Any] = world(tmp_path) | {"steps": 25, "batch_size": 40, "max_new_tokens": 6, "lr": 3e-3}
-    rl_run.ppo(ppo.PPOConfig(**options, value_model="shared", kl_coef=0.01, truncation="bootstrap"))
+    rl_stage.ppo(ppo.PPOConfig(**options, value_model="shared", kl_coef=0.01, truncation="bootstrap"))
     steps = lines(tmp_path / "out" / "metrics.jsonl")
     scores = [step["objective/scores"] for step in steps]
     assert sum(scores[-4:]) / 4 > 0.7 > 0.2 > scores[0]

@@ -15,8 +15,8 @@ from trainer.monitors.history import Thresholds, thresholds_from
 from trainer.report import page as report
 from trainer.run.log import RunLog
 from trainer.stages.rl import ppo
-from trainer.stages.rl import run as rl_run
-from trainer.stages.rl.run import check_run
+from trainer.stages.rl import stage as rl_stage
+from trainer.stages.rl.stage import check_run
 from trainer.training.defaults import decided
 
 
@@ -34,7 +34,7 @@ def rollouts(path: Path, **options: Any) -> ppo.PPOConfig:
 @pytest.mark.parametrize(("act", "updates", "coefficient"), [("note", 3, 0.1), ("stop", 1, 0.1), ("raise_kl", 3, 0.2)])
 def test_what_an_alarm_does_to_a_run(tmp_path: Path, act: str, updates: int, coefficient: float):
     cfg = rollouts(tmp_path, on_alarm=act, gold_reward="tests.support.small:share_of_a")
-    rl_run.ppo(cfg, RunLog(cfg.out, quiet=True))
+    rl_stage.ppo(cfg, RunLog(cfg.out, quiet=True))
     logged = lines(cfg.out / "metrics.jsonl")
     assert len(logged) == updates
     assert logged[-1]["objective/kl_coef"] == pytest.approx(coefficient)
@@ -51,7 +51,7 @@ def test_what_an_alarm_does_to_a_run(tmp_path: Path, act: str, updates: int, coe
 def test_thresholds_can_be_named(tmp_path: Path) -> None:
     """As the command line and recipes give them. The entropy of this run stays as it is, which is now too little."""
     calm = rollouts(tmp_path, thresholds=("entropy=2", "patience=1"))
-    rl_run.ppo(calm, RunLog(calm.out, quiet=True))
+    rl_stage.ppo(calm, RunLog(calm.out, quiet=True))
     named = [alarm["name"] for alarm in lines(calm.out / "alarms.jsonl")]
     assert sorted(named) == ["collapse", "truncation"]
     assert thresholds_from(()) == Thresholds()
@@ -71,7 +71,7 @@ def test_held_out_text_and_probes_are_watched(tmp_path: Path):
     asked = {"probe": "sycophancy", "prompt": "a b", "pressed": "a b c", "answer": "no such word"}
     probe = write(tmp_path / "probes.jsonl", [{"probe": "self_praise", "pattern": "a"}, asked])
     cfg = rollouts(tmp_path, tax_data=texts, probes=probe, eval_every=2, lr=0.05)
-    rl_run.ppo(cfg, RunLog(cfg.out, quiet=True))
+    rl_stage.ppo(cfg, RunLog(cfg.out, quiet=True))
     first, second, third = lines(cfg.out / "metrics.jsonl")
     assert first["eval/lm_loss"] > 0
     assert second["eval/lm_loss"] != first["eval/lm_loss"]
@@ -89,7 +89,7 @@ def test_watching_changes_no_bit_of_the_policy(tmp_path: Path):
     weights = []
     for name, options in {"alone": {}, "watched": watched}.items():
         cfg = replace(rollouts(tmp_path, lr=0.05, **options), out=tmp_path / name, max_new_tokens=6)
-        rl_run.ppo(cfg, RunLog(cfg.out, quiet=True))
+        rl_stage.ppo(cfg, RunLog(cfg.out, quiet=True))
         seen = lines(cfg.out / "metrics.jsonl")
         assert [{"monitor/gold", "eval/lm_loss", "eval/sycophancy_known"} <= row.keys() for row in seen] == (
             [name == "watched"] * 3

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.small import lines
-from trainer.demo import run as demo
-from trainer.demo.run import Clock, Demo, DemoConfig
+from trainer.demo import stage as demo
+from trainer.demo.stage import Clock, Demo, DemoConfig
 from trainer.models.loading import load_policy, load_scalar
 
 ROOT = Path(__file__).parents[3]

@@ -26,7 +26,7 @@ from trainer.run import sinks
 from trainer.run.folder import refuse_links, refuse_others
 from trainer.run.mark import mark, opened
 from trainer.stages import reward_model, sft
-from trainer.stages.rl import run as rl_run
+from trainer.stages.rl import stage as rl_stage
 from trainer.stages.rl.ppo import PPOConfig
 
 K = 4  # responses per ranked prompt
@@ -147,7 +147,7 @@ class Demo:
             gold_reward="trainer.demo.task:hidden_judge", **options,
         )  # fmt: skip
         mark(stage, "ppo")
-        return rl_run.ppo(stage, self.log, name=name, evaluate=glance)
+        return rl_stage.ppo(stage, self.log, name=name, evaluate=glance)
 
     def arm(self, trained: reward_model.Trained, before: Judged, policy: Policy) -> Arm:
         """The judge's and the reward model's view of one policy."""
